@@ -1,0 +1,109 @@
+"""Typed configuration: frozen dataclasses, merged with a YAML file and `key=value` words by OmegaConf.
+
+A configuration lives beside what it configures; this file only merges, prints, saves and compares.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and the mend."""
+
+
+def merge(default: T, overrides: Sequence[str] = (), file: Path | None = None) -> T:
+    """Return `default` (a dataclass) with the values of a YAML file and then of `a.b=value` words put in.
+
+    Raises:
+        ConfigError: unknown key (the nearest one is named), a value of another type, or an unreadable file.
+    """
+    conf = OmegaConf.structured(default)
+    _unfreeze(conf)
+    layers: list[tuple[str, Any]] = []
+    try:
+        if file is not None:
+            layers.append((str(file), _read(file)))
+        for word in overrides:
+            if "=" not in word or word.startswith(("=", "-")):
+                raise ConfigError(f"'{word}' is not an override; write key=value, for example steps=100")
+            layers.append((word, OmegaConf.from_dotlist([word])))
+        for _, layer in layers:
+            conf = OmegaConf.merge(conf, layer)
+        return cast(T, _frozen(type(default), conf))
+    except OmegaConfBaseException as error:
+        lines = [line.strip() for line in str(error).splitlines() if "object_type" not in line]
+        raise ConfigError("; ".join(line for line in lines if line)) from None
+
+
+def load(file: Path, default: T) -> T:
+    """Read a saved configuration over `default`, refusing keys that `default` does not have."""
+    return merge(default, file=file)
+
+
+def dump(config: Any) -> str:
+    """The whole resolved tree as YAML, in the order of the fields."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def differences(old: Any, new: Any, ignore: Sequence[str] = ()) -> list[str]:
+    """Lines `key: old -> new` for every leaf in which two configurations of one type differ."""
+    a, b = (
+        _flat(OmegaConf.to_container(OmegaConf.structured(old))),
+        _flat(OmegaConf.to_container(OmegaConf.structured(new))),
+    )
+    changed = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+    return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in changed if key not in ignore]
+
+
+def _read(file: Path) -> DictConfig:
+    if not file.is_file():
+        raise ConfigError(f"no configuration file at {file}")
+    try:
+        read = OmegaConf.load(file)
+    except Exception as error:  # yaml's own error classes are not part of OmegaConf's interface
+        raise ConfigError(f"{file} is not valid YAML: {error}") from None
+    if not isinstance(read, DictConfig):
+        raise ConfigError(f"{file} must hold key: value pairs at its top level")
+    return read
+
+
+def _unfreeze(conf: Any) -> None:
+    """OmegaConf makes frozen dataclasses read-only all the way down; merging has to write."""
+    if isinstance(conf, DictConfig | ListConfig) and not conf._is_none():
+        OmegaConf.set_readonly(conf, False)
+        for node in conf.values() if isinstance(conf, DictConfig) else conf:
+            _unfreeze(node)
+
+
+def _frozen(cls: type, conf: Any) -> Any:
+    """Build the dataclasses bottom up, so that each one's own checks see final values; lists become tuples."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        node = conf._get_node(field.name)
+        if isinstance(node, DictConfig) and not node._is_none() and dataclasses.is_dataclass(OmegaConf.get_type(node)):
+            values[field.name] = _frozen(cast(type, OmegaConf.get_type(node)), node)
+        else:
+            value = conf[field.name]
+            value = OmegaConf.to_container(value) if isinstance(value, DictConfig | ListConfig) else value
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return cls(**values)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{cls.__name__}: {error}") from None
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, Mapping):
+        return {k: v for key, node in tree.items() for k, v in _flat(node, f"{prefix}{key}.").items()}
+    return {prefix[:-1]: tree}

@@ -1,0 +1,56 @@
+"""Who am I among the ranks, and the two collectives the mathematics needs. On one process every call is the identity."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as td
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    """Whether a process group is up."""
+    return td.is_available() and td.is_initialized()
+
+
+def rank() -> int:
+    """This process among all, 0 on one process."""
+    return td.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return td.get_world_size() if is_distributed() else 1
+
+
+def local_rank() -> int:
+    """This process on its host, as torchrun says it: the index of its device."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def is_main() -> bool:
+    """Whether this process writes files and talks."""
+    return rank() == 0
+
+
+def gather(x: Tensor) -> Tensor:
+    """Rows of all ranks, in rank order, [b, ...] -> [world * b, ...]; gradients flow back to the rank that owns the row."""
+    if world_size() == 1:
+        return x
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(x.contiguous()))
+
+
+def sum_(x: Tensor) -> Tensor:
+    """Sum of a tensor over ranks, in place, without gradient; returns it."""
+    if world_size() > 1:
+        td.all_reduce(x)
+    return x
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if is_distributed():
+        td.barrier()

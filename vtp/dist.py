@@ -1,4 +1,4 @@
-"""Who am I among the ranks, and the two collectives the mathematics needs. On one process every call is the identity."""
+"""Who am I among the ranks, and the two collectives the mathematics needs. On one process each is the identity."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def is_main() -> bool:
 
 
 def gather(x: Tensor) -> Tensor:
-    """Rows of all ranks, in rank order, [b, ...] -> [world * b, ...]; gradients flow back to the rank that owns the row."""
+    """Rows of all ranks, in rank order, [b, ...] -> [world * b, ...]; gradients flow back to a row's own rank."""
     if world_size() == 1:
         return x
     from torch.distributed.nn.functional import all_gather

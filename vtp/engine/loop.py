@@ -1,0 +1,195 @@
+"""The loop: cadence only. What a step is, the learner knows; what a batch is, the loader knows."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vtp import config, dist
+from vtp.config import ConfigError
+from vtp.engine import checkpoint
+from vtp.engine.logging import MetricsLog, console, environment, progress_bar
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How often things happen, in steps. None of it changes what is learned."""
+
+    log_every: int = 20
+    save_every: int = 500
+    keep: int = 2  # checkpoints that stay
+    tensorboard: bool = False
+
+
+class Learner(Protocol):
+    """One thing that learns: parameters, optimiser and whatever else it must remember."""
+
+    images_per_step: int  # over all ranks
+
+    def step(self, batch: Any, step: int) -> Mapping[str, Tensor | float]:
+        """Learn from one batch; returns what to log, as tensors (no host synchronisation)."""
+
+    def tensors(self) -> dict[str, Any]:
+        """Nested dict of every tensor that a resumed run needs: saved from, and on resume filled in place."""
+
+
+class Batches(Protocol):
+    """An endless stream that can say where it stands, in JSON values."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position after the last batch taken."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient became NaN or infinite; the last good checkpoint is kept."""
+
+
+def open_run(cfg: Any, resume: str, ignore: tuple[str, ...] = ()) -> Path:
+    """Make or reopen the run folder `cfg.out` and save config.yaml and environment.json in it.
+
+    Args:
+        cfg: The program's configuration dataclass, with a field `out`.
+        resume: `auto` continues a run of the same configuration; `never` insists on a new folder.
+        ignore: Keys in which a resumed run may differ.
+
+    Raises:
+        ConfigError: the folder holds a run with another configuration (the differences are listed), or is not to be
+            resumed.
+    """
+    out = Path(cfg.out)
+    saved = out / "config.yaml"
+    if saved.is_file():
+        if resume == "never":
+            raise ConfigError(f"{out} already holds a run; choose another out=, delete it, or set resume=auto")
+        changed = config.differences(config.load(saved, type(cfg)()), cfg, ignore=("resume", "out", *ignore))
+        if changed:
+            raise ConfigError(
+                f"{out} holds a run with another configuration ({'; '.join(changed)}); choose another out= or delete it"
+            )
+    if dist.is_main():
+        out.mkdir(parents=True, exist_ok=True)
+        saved.write_text(config.dump(cfg))
+        (out / "environment.json").write_text(json.dumps(environment(), indent=2))
+    dist.barrier()
+    return out
+
+
+def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopConfig, out: Path, title: str) -> None:
+    """Run `learner` to `steps` steps, resuming from the newest checkpoint in `out`.
+
+    Step i of rank r draws all its randomness from (seed, r, i), so a resumed run is the uninterrupted run. Ctrl-C and
+    SIGTERM finish the step, save, and leave.
+
+    Raises:
+        NonFiniteError: a logged value was not finite; nothing is saved after the last finite window.
+        SystemExit: code 0 after SIGTERM, 130 after Ctrl-C, both with a checkpoint written.
+    """
+    folder = out / "checkpoints"
+    done, seconds = 0, 0.0
+    found = checkpoint.complete(folder)
+    if found:
+        progress = checkpoint.load(found[-1], learner.tensors())
+        batches.load_state_dict(progress["batches"])
+        done, seconds = progress["step"], progress["seconds"]
+        console.print(f"resumed {found[-1]}")
+    log = MetricsLog(out, done, loop.tensorboard)
+    window: list[Mapping[str, Tensor | float]] = []
+    started = window_started = time.perf_counter()
+
+    def clock() -> float:
+        return seconds + time.perf_counter() - started
+
+    def save(step: int) -> None:
+        progress = {"batches": batches.state_dict(), "seconds": clock()}
+        checkpoint.save(folder, step, learner.tensors(), progress, loop.keep)
+
+    stream = iter(batches)
+    with progress_bar(title) as bar, _Stop() as stop:
+        task = bar.add_task(title, total=steps, completed=done, status="")
+        for step in range(done, steps):
+            reseed(seed, dist.rank(), step)
+            window.append(learner.step(next(stream), step))
+            last = step + 1 == steps or stop.signal is not None
+            saving = last or (step + 1) % loop.save_every == 0
+            if saving or (step + 1) % loop.log_every == 0:
+                values = _mean(window)
+                _check_finite(values, step + 1 - len(window), step + 1, folder)
+                now = time.perf_counter()
+                values["images"] = (step + 1) * learner.images_per_step
+                values["images_per_second"] = len(window) * learner.images_per_step / (now - window_started)
+                values["seconds"] = clock()
+                log.write(step + 1, values)
+                window, window_started = [], now
+                bar.update(task, status=f"loss {values['total']:.3f}  {values['images_per_second']:.0f} images/s")
+            bar.update(task, completed=step + 1)
+            if saving:
+                save(step + 1)
+            if stop.signal is not None:
+                break
+    log.close()
+    if stop.signal is not None and step + 1 < steps:
+        console.print(f"stopped at step {step + 1} of {steps}; the same command goes on from there")
+        raise SystemExit(0 if stop.signal == signal.SIGTERM else 130)
+
+
+def reseed(seed: int, rank: int, step: int) -> None:
+    """Seed Python, NumPy and torch from (seed, rank, step)."""
+    state = int(np.random.SeedSequence((seed, rank, step)).generate_state(1, np.uint64)[0])
+    random.seed(state)
+    np.random.seed(state % 2**32)
+    torch.manual_seed(state % 2**63)
+
+
+def _mean(window: list[Mapping[str, Tensor | float]]) -> dict[str, float]:
+    """Mean of each value over the window; the only place where the loop waits for the device."""
+    return {name: float(sum(values[name] for values in window)) / len(window) for name in window[0]}
+
+
+def _check_finite(values: dict[str, float], first: int, last: int, folder: Path) -> None:
+    bad = [name for name, value in values.items() if not np.isfinite(value)]
+    if bad:
+        found = checkpoint.complete(folder)
+        kept = f"the last good checkpoint is {found[-1]}" if found else "no checkpoint had been written yet"
+        raise NonFiniteError(
+            f"{', '.join(bad)} not finite between steps {first} and {last}; {kept}. "
+            "Lower optim.lr.peak, clip harder (optim.clip_grad), or set precision=fp32"
+        )
+
+
+class _Stop:
+    """Catches SIGINT and SIGTERM, so that the step under way is finished and saved. A second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Stop:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

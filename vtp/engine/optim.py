@@ -1,0 +1,75 @@
+"""AdamW with weight decay on matrices only, its two schedules, and the autocast under which a step runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vtp.schedules import Ramp, WarmupCosine
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW. Schedules are functions of images seen over images in the run."""
+
+    lr: WarmupCosine = WarmupCosine(peak=1e-3)
+    weight_decay: Ramp = Ramp(start=0.04, end=0.2, cosine=True)
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    clip_grad: float = 1.0  # largest global gradient norm; 0 clips nothing
+
+
+def adamw(parameters: Iterable[tuple[str, nn.Parameter]], cfg: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over named parameters: matrices decay; vectors, scalars and the class and mask tokens do not."""
+    named = [(name, p) for name, p in parameters if p.requires_grad]
+    decay = [p for name, p in named if p.squeeze().ndim >= 2]
+    rest = [p for name, p in named if p.squeeze().ndim < 2]
+    groups = [{"params": decay, "decay": 1.0}, {"params": rest, "decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=cfg.betas, eps=cfg.eps, weight_decay=0.0, fused=True)
+
+
+def set_schedule(optimizer: torch.optim.Optimizer, cfg: OptimConfig, images: int, total: int) -> float:
+    """Put this moment's learning rate and weight decay into the optimiser; returns the learning rate."""
+    lr, weight_decay = cfg.lr(images, total), cfg.weight_decay(images, total)
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = lr, weight_decay * group["decay"]
+    return lr
+
+
+def update(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], clip_grad: float) -> Tensor:
+    """Clip the global gradient norm, step, clear; returns the norm before clipping."""
+    norm = nn.utils.clip_grad_norm_(parameters, clip_grad if clip_grad > 0 else float("inf"))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def optimizer_tensors(optimizer: torch.optim.AdamW, parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Any]:
+    """AdamW's state by parameter name, for a checkpoint to be saved from or filled in place; made if not there yet."""
+    state: dict[str, Any] = {}
+    for name, p in parameters:
+        if not optimizer.state[p]:
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+        state[name] = dict(optimizer.state[p])
+    return state
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """bf16 autocast, or nothing for fp32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is this rank's GPU where there is one, else the CPU."""
+    from vtp.dist import local_rank
+
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")

@@ -40,7 +40,7 @@ def gather(x: Tensor) -> Tensor:
         return x
     from torch.distributed.nn.functional import all_gather
 
-    return torch.cat(all_gather(x.contiguous()))
+    return torch.cat(all_gather(x.contiguous(), td.group.WORLD))  # its default is the group at import
 
 
 def sum_(x: Tensor) -> Tensor:

@@ -1,0 +1,36 @@
+"""Image-text contrast by sigmoid (SigLIP)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from vtp import dist
+from vtp.objectives.precision import full_precision
+
+
+@full_precision
+def siglip_loss(
+    image: Float[Tensor, "b d"],
+    text: Float[Tensor, "b d"],
+    logit_scale: Float[Tensor, "*one"],
+    logit_bias: Float[Tensor, "*one"],
+) -> Float[Tensor, ""]:
+    """Every pair is a yes-no question (Zhai et al. 2023, Eq. 1); nats per image.
+
+        L = -1/B sum_i sum_j log sigmoid( z_ij (s x_i.y_j + b) ),   z_ij = 1 if i = j else -1
+
+    With several ranks i runs over this rank's images and j over all ranks' texts: the mean of the ranks' losses is the
+    loss of one process that holds all rows. Every rank must hold equally many rows.
+
+    Args:
+        image, text: this rank's pairs, L2-normalised; row i of one belongs to row i of the other.
+        logit_scale: s, already exponentiated. The paper starts at 10.
+        logit_bias: b. The paper starts at -10, so that the many negatives do not dominate.
+    """
+    logits = logit_scale * image @ dist.gather(text).T + logit_bias  # [b, B]
+    positive = torch.diagonal(logits, dist.rank() * len(image))
+    # log sigmoid(x) - log sigmoid(-x) = x: all pairs as negatives, then the true ones put right. No [b, B] of signs.
+    return -(F.logsigmoid(-logits).sum() + positive.sum()) / len(image)

@@ -174,7 +174,7 @@ def _check_finite(values: dict[str, float], first: int, last: int, folder: Path)
 
 
 class _Stop:
-    """Catches SIGINT and SIGTERM, so that the step under way is finished and saved. A second Ctrl-C interrupts at once."""
+    """Catches SIGINT and SIGTERM, so that the step under way is finished and saved; a second one interrupts."""
 
     def __init__(self) -> None:
         self.signal: int | None = None

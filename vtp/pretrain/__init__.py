@@ -1,0 +1,1 @@
+"""Joint pre-training of a visual tokenizer: align with text, distil itself, reconstruct."""

@@ -1,0 +1,110 @@
+"""Everything that decides what a pre-training run learns. Batch sizes are per rank; schedules are shares of the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vtp.config import ConfigError
+from vtp.data.views import ViewsConfig
+from vtp.engine.loop import LoopConfig
+from vtp.engine.optim import OptimConfig
+from vtp.models.config import ModelConfig
+from vtp.schedules import Ramp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """Pairs a step reads: `max` of the three are drawn, each objective gets its share of them at random."""
+
+    clip: int = 16_384
+    ssl: int = 4_096
+    rec: int = 2_048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Factors of the losses. L = rec (l1 + perceptual) + ssl (dino + ibot + koleo) + clip. 0 removes an objective whole."""
+
+    clip: float = 1.0
+    ssl: float = 1.0
+    rec: float = 0.1  # small on purpose: it helps generation (paper)
+    perceptual: float = 1.0  # inside rec
+    koleo: float = 0.1  # inside ssl
+
+    def by_loss(self) -> dict[str, float]:
+        """Factor of each named loss in the total; only what is not switched off."""
+        factors = {
+            "clip": self.clip,
+            "dino": self.ssl,
+            "ibot": self.ssl,
+            "koleo": self.ssl * self.koleo,
+            "l1": self.rec,
+            "perceptual": self.rec * self.perceptual,
+        }
+        return {name: factor for name, factor in factors.items() if factor > 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropPath:
+    """Stochastic depth of the student's trunk in each objective's pass; a shared pass uses clip's."""
+
+    clip: float = 0.0
+    ssl: float = 0.0
+    rec: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistilConfig:
+    """Self-distillation: DINO on class tokens and iBOT on masked patches, through one head (DINOv2's values)."""
+
+    prototypes: int = 65_536  # K; scale it with the run: 65k needs ImageNet, 256 learns within minutes
+    head_layers: int = 3
+    head_hidden: int = 2_048
+    head_bottleneck: int = 256
+    student_temp: float = 0.1
+    teacher_temp: Ramp = Ramp(start=0.04, end=0.07, share=0.06)
+    momentum: Ramp = Ramp(start=0.994, end=1.0, cosine=True)
+    centering: Literal["sinkhorn", "centering"] = "sinkhorn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """One pre-training run."""
+
+    data: str = "scenes"  # class folders, folder with metadata.jsonl, tar shards, or scenes
+    annotations: str | None = None  # jsonl of captions and labels by key, beside tar shards
+    out: str = "runs/pretrain"
+    steps: int = 1_000
+    seed: int = 0
+    device: str = "auto"
+    precision: Literal["fp32", "bf16"] = "bf16"
+    resume: Literal["auto", "never"] = "auto"
+    workers: int = 1  # loader processes per rank; 0 loads in the training process
+    model: ModelConfig = ModelConfig()
+    batch: Batches = Batches()
+    weights: Weights = Weights()
+    contrast: Literal["clip", "siglip"] = "clip"
+    distil: DistilConfig = DistilConfig()
+    perceptual: str = "lpips"  # lpips, teacher, none, or the path of an exported module (.pt2)
+    drop_path: DropPath = DropPath()
+    views: ViewsConfig = ViewsConfig()
+    optim: OptimConfig = OptimConfig()
+    loop: LoopConfig = LoopConfig()
+
+    def __post_init__(self) -> None:
+        if not self.weights.by_loss():
+            raise ConfigError("weights: every objective is 0, there is nothing to learn")
+        if self.steps < 1:
+            raise ConfigError(f"steps must be at least 1, not {self.steps}")
+        for name, size in (("clip", self.batch.clip), ("ssl", self.batch.ssl), ("rec", self.batch.rec)):
+            if size < 1:
+                raise ConfigError(f"batch.{name} must be at least 1 (weights.{name}=0 switches the objective off)")
+        if self.contrast == "siglip" and self.model.init_logit_bias is None and self.weights.clip > 0:
+            raise ConfigError("contrast=siglip needs a logit bias: set model.init_logit_bias=-10")
+
+    @property
+    def largest_batch(self) -> int:
+        """Pairs read per step and rank: the largest batch of an objective that is on."""
+        w, b = self.weights, self.batch
+        return max(size for size, on in ((b.clip, w.clip), (b.ssl, w.ssl), (b.rec, w.rec)) if on > 0)

@@ -1,0 +1,171 @@
+"""The joint objective: one module, one forward, named losses.
+
+All losses live in one `forward`, because DDP, FSDP2 and torch.compile hook that and nothing else. An objective whose
+weight is 0 owns no parameter and costs nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vtp.data.batch import Batch, SSLBatch
+from vtp.models.dino_head import DINOHead
+from vtp.models.ema import EMATeacher
+from vtp.models.vit import Tokens
+from vtp.models.vtp_hf import VTPConfig, VTPModel
+from vtp.objectives.clip import clip_loss
+from vtp.objectives.dino import dino_loss
+from vtp.objectives.ibot import ibot_loss
+from vtp.objectives.koleo import koleo_loss
+from vtp.objectives.reconstruction import feature_distance, l1_loss, load_perceptual
+from vtp.objectives.siglip import siglip_loss
+from vtp.objectives.sinkhorn import centered_softmax, entropies, sinkhorn_knopp, update_center
+from vtp.pretrain.config import PretrainConfig
+
+
+class Objectives(NamedTuple):
+    """What one forward gives: scalars by name; `readings` are watched, not minimised."""
+
+    losses: dict[str, Tensor]
+    readings: dict[str, Tensor]
+
+
+class Pretraining(nn.Module):
+    """Student, teacher and head, and the losses between them.
+
+    Args:
+        cfg: The run. Only what its weights ask for is built.
+    """
+
+    def __init__(self, cfg: PretrainConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        weights = cfg.weights
+        model = dataclasses.replace(cfg.model, train_clip=weights.clip > 0, train_reconstruction=weights.rec > 0)
+        self.student = VTPModel(VTPConfig.from_model_config(model))
+        vision = cfg.model.vision
+        self.full_width = vision.bottleneck_ae_only or vision.feature_bottleneck is None  # what CLIP and SSL read
+        followed = nn.ModuleDict({"trunk": self.student.trunk})
+        if weights.ssl > 0:
+            distil = cfg.distil
+            width = vision.embed_dim if self.full_width else vision.feature_bottleneck
+            self.head = DINOHead(
+                width, distil.prototypes, distil.head_layers, distil.head_hidden, distil.head_bottleneck
+            )
+            followed["head"] = self.head
+            for name in ("center_cls", "center_patch"):
+                self.register_buffer(name, torch.zeros(distil.prototypes))
+        perceptual = cfg.perceptual if weights.rec > 0 and weights.perceptual > 0 else "none"
+        self.teacher_perceives = perceptual == "teacher"
+        self.perceive = load_perceptual(perceptual) if perceptual not in ("teacher", "none") else None
+        self.teacher = EMATeacher(followed) if weights.ssl > 0 or self.teacher_perceives else None
+        # A tuple hides the student's modules from registration: they are already children of `student` and `self`.
+        self._followed = (followed,)
+
+    def follow(self, momentum: float) -> None:
+        """Move the teacher towards the student: t <- m t + (1 - m) s."""
+        if self.teacher is not None:
+            self.teacher.follow(self._followed[0], momentum)
+
+    def forward(self, batch: Batch, teacher_temp: float) -> Objectives:
+        """Losses of one batch whose images are ImageNet-normalised floats.
+
+        The trunk runs once on each distinct view: a reconstruction view that is the CLIP view takes its tokens.
+        """
+        student, drop = self.student, self.cfg.drop_path
+        losses: dict[str, Tensor] = {}
+        readings: dict[str, Tensor] = {}
+        if batch.clip is not None:
+            tokens = student.trunk(batch.clip.images, drop_path=drop.clip)
+            losses["clip"] = self._contrast(tokens, batch.clip.tokens)
+            readings["logit_scale"] = student.logit_scale.detach().exp().mean()
+        if batch.rec is not None:
+            if batch.rec.rows is None:
+                rec_tokens = student.trunk(batch.rec.images, drop_path=drop.rec)
+            else:
+                rows = batch.rec.rows
+                rec_tokens = Tokens(tokens.cls[rows], tokens.patches[rows], tokens.grid)
+            losses |= self._reconstruction(rec_tokens, batch.rec.images)
+        if batch.ssl is not None:
+            ssl_losses, ssl_readings = self._self_distillation(batch.ssl, teacher_temp)
+            losses |= ssl_losses
+            readings |= ssl_readings
+        return Objectives(losses, readings)
+
+    def _contrast(self, tokens: Tokens, text: Tensor) -> Tensor:
+        """InfoNCE or SigLIP between image and text."""
+        student = self.student
+        image, words = student.clip_image(tokens), student.get_clip_text_feature(text)
+        scale = student.logit_scale.exp()
+        if self.cfg.contrast == "siglip":
+            return siglip_loss(image, words, scale, student.logit_bias)
+        return clip_loss(image, words, scale)
+
+    def _reconstruction(self, tokens: Tokens, images: Tensor) -> dict[str, Tensor]:
+        """L1 and perceptual distance of the decoded latents to the images."""
+        decoded = self.student.pixel_decoder(self.student.latents(tokens))
+        losses = {"l1": l1_loss(decoded, images)}
+        if self.teacher_perceives:
+            trunk = self.teacher["trunk"]
+            with torch.no_grad():
+                target = trunk(images).patches
+            losses["perceptual"] = feature_distance(trunk(decoded.to(images.dtype)).patches, target)
+        elif self.perceive is not None:
+            losses["perceptual"] = self.perceive(decoded, images)
+        return losses
+
+    def _self_distillation(self, ssl: SSLBatch, teacher_temp: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """DINO between crops, iBOT on masked patches, KoLeo on the global class tokens."""
+        n_global, batch = ssl.global_crops.shape[:2]
+        crops = ssl.global_crops.flatten(0, 1)  # [2B, 3, G, G]
+        masked = ssl.mask_indices
+
+        with torch.no_grad():
+            seen = self.teacher["trunk"](crops)
+            logits = self.teacher["head"](self._read(seen, masked, self.teacher["trunk"])).float()
+            cls_targets, patch_targets = self._targets(logits, n_global * batch, teacher_temp)
+
+        drop = self.cfg.drop_path.ssl
+        glob = self.student.trunk(crops, masks=ssl.masks.flatten(0, 1), drop_path=drop)
+        parts = [self._read(glob, masked, self.student.trunk)]  # [2B + M, d]
+        if len(ssl.local_crops):
+            local = self.student.trunk(ssl.local_crops.flatten(0, 1), drop_path=drop)
+            parts.append(local.cls if self.full_width else self.student.trunk.bottleneck(local.cls))
+        student = self.head(torch.cat(parts)).float()
+        n_cls, n_masked = n_global * batch, len(masked)
+        cls_logits = torch.cat([student[:n_cls], student[n_cls + n_masked :]])  # global crops, then local ones
+        temp = self.cfg.distil.student_temp
+        losses = {
+            "dino": dino_loss(
+                cls_logits.unflatten(0, (-1, batch)), cls_targets.unflatten(0, (n_global, batch)), temp
+            ),
+            "ibot": ibot_loss(
+                student[n_cls : n_cls + n_masked], patch_targets, ssl.mask_weights, n_global * batch, temp
+            ),
+        }
+        if self.cfg.weights.koleo > 0:
+            losses["koleo"] = torch.stack([koleo_loss(c) for c in glob.cls.chunk(n_global)]).mean()
+        mean, single = entropies(cls_targets)
+        readings = {"teacher_entropy_mean": mean, "teacher_entropy_single": single}
+        return losses, readings
+
+    def _read(self, tokens: Tokens, masked: Tensor, trunk: nn.Module) -> Float[Tensor, "rows d"]:
+        """Class tokens, then the patches at the masked places: what goes through the head."""
+        rows = torch.cat([tokens.cls, tokens.patches.flatten(0, 1)[masked]])
+        return rows if self.full_width else trunk.bottleneck(rows)
+
+    def _targets(self, logits: Tensor, n_cls: int, temp: float) -> tuple[Tensor, Tensor]:
+        """The teacher's assignments to prototypes, balanced apart for class tokens and patches."""
+        cls, patches = logits[:n_cls], logits[n_cls:]
+        if self.cfg.distil.centering == "sinkhorn":
+            return sinkhorn_knopp(cls, temp), sinkhorn_knopp(patches, temp)
+        targets = centered_softmax(cls, self.center_cls, temp), centered_softmax(patches, self.center_patch, temp)
+        if self.training:
+            self.center_cls.copy_(update_center(self.center_cls, cls, momentum=0.9))
+            self.center_patch.copy_(update_center(self.center_patch, patches, momentum=0.9))
+        return targets

@@ -1,0 +1,60 @@
+"""`vtp pretrain`: configuration -> run folder with a published tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from vtp import dist
+from vtp.config import ConfigError
+from vtp.data.loader import Loader
+from vtp.data.sources import open_source
+from vtp.engine.logging import console
+from vtp.engine.loop import open_run, reseed, train
+from vtp.engine.optim import pick_device
+from vtp.pretrain.config import PretrainConfig
+from vtp.pretrain.learner import PretrainLearner
+from vtp.tokenizers import get_tokenizer
+
+ORCHESTRATION = ("workers", "device", "loop.log_every", "loop.save_every", "loop.keep", "loop.tensorboard")
+
+
+def pretrain(cfg: PretrainConfig) -> Path:
+    """Train to `cfg.steps`, resuming what is in `cfg.out`; returns the published tokenizer's folder.
+
+    Raises:
+        ConfigError: data, views or run folder cannot be used; said before anything is built.
+        NonFiniteError: a loss became NaN or infinite; the last good checkpoint is kept.
+    """
+    weights = cfg.weights
+    source = open_source(cfg.data, cfg.annotations)
+    cfg.views.check(cfg.model.vision.patch_size)
+    if cfg.model.image_size != cfg.views.size:
+        raise ConfigError(
+            f"model.image_size={cfg.model.image_size} is not views.size={cfg.views.size}; set both to the same"
+        )
+    tokenizer = get_tokenizer(context_length=cfg.model.text.context_length) if weights.clip > 0 else None
+    loader = Loader(
+        source,
+        cfg.views,
+        clip=cfg.batch.clip if weights.clip > 0 else 0,
+        ssl=cfg.batch.ssl if weights.ssl > 0 else 0,
+        rec=cfg.batch.rec if weights.rec > 0 else 0,
+        patch_size=cfg.model.vision.patch_size,
+        tokenizer=tokenizer,
+        seed=cfg.seed,
+        workers=cfg.workers,
+    )
+    out = open_run(cfg, cfg.resume, ignore=ORCHESTRATION)
+    reseed(cfg.seed, 0, 0)  # every rank starts from the same weights
+    learner = PretrainLearner(cfg, pick_device(cfg.device))
+    train(learner, loader, cfg.steps, cfg.seed, cfg.loop, out, title=out.name)
+    broken = loader.report()
+    if broken:
+        console.print(f"left out of {cfg.data}: " + ", ".join(f"{count} {reason}" for reason, count in broken.items()))
+    if dist.is_main():
+        (out / "data.json").write_text(json.dumps({"data": cfg.data, "broken": broken}, indent=2))
+        learner.objectives.student.save_pretrained(out / "tokenizer")
+        console.print(f"published {out / 'tokenizer'}")
+    dist.barrier()
+    return out / "tokenizer"

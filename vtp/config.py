@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig, OmegaConf, StringNode
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationKeyError, OmegaConfBaseException
 
 T = TypeVar("T")
 
@@ -28,20 +30,18 @@ def merge(default: T, overrides: Sequence[str] = (), file: Path | None = None) -
     """
     conf = OmegaConf.structured(default)
     _unfreeze(conf)
-    layers: list[tuple[str, Any]] = []
+    if file is not None:
+        read = _read(file)
+        try:
+            conf = _merge(conf, read)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from None
+    for word in overrides:
+        conf = _merge(conf, _parse(conf, word), said=f"{word}: ")
     try:
-        if file is not None:
-            layers.append((str(file), _read(file)))
-        for word in overrides:
-            if "=" not in word or word.startswith(("=", "-")):
-                raise ConfigError(f"'{word}' is not an override; write key=value, for example steps=100")
-            layers.append((word, OmegaConf.from_dotlist([word])))
-        for _, layer in layers:
-            conf = OmegaConf.merge(conf, layer)
         return cast(T, _frozen(type(default), conf))
-    except OmegaConfBaseException as error:
-        lines = [line.strip() for line in str(error).splitlines() if "object_type" not in line]
-        raise ConfigError("; ".join(line for line in lines if line)) from None
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise ConfigError(_one_line(error)) from None
 
 
 def load(file: Path, default: T) -> T:
@@ -76,6 +76,57 @@ def _read(file: Path) -> DictConfig:
     return read
 
 
+def _parse(conf: DictConfig, word: str) -> DictConfig:
+    """`a.b=value` -> {a: {b: value}}, the value read as YAML; a field that is a string takes the word as it stands."""
+    key, equals, value = word.partition("=")
+    if not equals or not key.strip() or key.startswith("-"):
+        raise ConfigError(f"'{word}' is not an override; write key=value, for example steps=100")
+    node: Any = conf
+    for name in key.split("."):
+        node = node._get_node(name) if isinstance(node, DictConfig) and not node._is_none() and name in node else None
+    try:
+        parsed = OmegaConf.from_dotlist([word])
+        if isinstance(node, StringNode) and not isinstance(OmegaConf.select(parsed, key), str | None):
+            OmegaConf.update(parsed, key, value)  # data=0001 is a folder, not the number 1
+        return parsed
+    except InterpolationKeyError:
+        return parsed
+    except Exception as error:  # yaml's own error classes are not part of OmegaConf's interface
+        raise ConfigError(f"{word}: the value is not valid YAML: {_one_line(error)}") from None
+
+
+def _merge(conf: DictConfig, layer: DictConfig, said: str = "") -> DictConfig:
+    try:
+        return cast(DictConfig, OmegaConf.merge(conf, layer))
+    except (ConfigKeyError, ConfigAttributeError) as error:
+        raise ConfigError(_unknown(str(error.full_key), conf)) from None
+    except (OmegaConfBaseException, TypeError) as error:
+        raise ConfigError(said + _one_line(error)) from None
+
+
+def _unknown(key: str, conf: DictConfig) -> str:
+    """The message for a key that is not there: names the key of the whole tree that reads most like it."""
+    leaves = [leaf.split(".") for leaf in _flat(OmegaConf.to_container(conf))]
+    keys = list(dict.fromkeys(known for leaf in leaves for known in accumulate(leaf, "{}.{}".format)))
+    room, _, name = key.rpartition(".")
+
+    def likeness(known: str) -> tuple[float, float]:
+        last = SequenceMatcher(None, name, known.rpartition(".")[2]).ratio()
+        return last, SequenceMatcher(None, key, known).ratio()
+
+    nearest = max(keys, key=likeness)
+    if likeness(nearest)[0] >= 0.6:
+        return f"unknown key '{key}'; did you mean '{nearest}'?"
+    return f"unknown key '{key}'; the keys are {', '.join(k for k in keys if k.rpartition('.')[0] == room)}"
+
+
+def _one_line(error: Exception) -> str:
+    """OmegaConf's message without the lines about its own types."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    text = "; ".join(line for line in lines if line and not line.startswith(("object_type", "reference_type")))
+    return text.replace("Value '$VALUE' of type '$VALUE_TYPE'", "a value")
+
+
 def _unfreeze(conf: Any) -> None:
     """OmegaConf makes frozen dataclasses read-only all the way down; merging has to write."""
     if isinstance(conf, DictConfig | ListConfig) and not conf._is_none():
@@ -84,13 +135,13 @@ def _unfreeze(conf: Any) -> None:
             _unfreeze(node)
 
 
-def _frozen(cls: type, conf: Any) -> Any:
+def _frozen(cls: type, conf: Any, at: str = "") -> Any:
     """Build the dataclasses bottom up, so that each one's own checks see final values; lists become tuples."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         node = conf._get_node(field.name)
         if isinstance(node, DictConfig) and not node._is_none() and dataclasses.is_dataclass(OmegaConf.get_type(node)):
-            values[field.name] = _frozen(cast(type, OmegaConf.get_type(node)), node)
+            values[field.name] = _frozen(cast(type, OmegaConf.get_type(node)), node, f"{at}{field.name}.")
         else:
             value = conf[field.name]
             value = OmegaConf.to_container(value) if isinstance(value, DictConfig | ListConfig) else value
@@ -100,7 +151,7 @@ def _frozen(cls: type, conf: Any) -> Any:
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"{cls.__name__}: {error}") from None
+        raise ConfigError(f"{at[:-1] or cls.__name__}: {error}") from None
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -24,7 +24,8 @@ class Ramp:
 
     def __call__(self, images: int, total: int) -> float:
         """Value after `images` of `total` images."""
-        done = min(1.0, images / max(1.0, self.share * total))
+        ramp = self.share * total
+        done = images / ramp if images < ramp else 1.0
         if self.cosine:
             done = (1 - math.cos(math.pi * done)) / 2
         return self.start + (self.end - self.start) * done

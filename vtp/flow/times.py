@@ -6,13 +6,16 @@ from torch import Tensor
 
 
 def logit_normal(
-    n: int, mu: float = 0.0, sigma: float = 1.0, generator: torch.Generator | None = None
+    n: int,
+    mu: float = 0.0,
+    sigma: float = 1.0,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
 ) -> Float[Tensor, " n"]:
-    """Training times ``sigmoid(mu + sigma z)`` with z normal (Esser et al. 2024, Eq. 19), on the generator's device.
+    """Training times ``sigmoid(mu + sigma z)`` with z normal (Esser et al. 2024, Eq. 19).
 
-    ``mu < 0`` looks more often at the noisy end, t = 0.
+    ``mu < 0`` looks more often at the noisy end, t = 0. A generator must live on ``device``.
     """
-    device = "cpu" if generator is None else generator.device
     return torch.sigmoid(mu + sigma * torch.randn(n, generator=generator, device=device))
 
 

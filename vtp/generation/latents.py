@@ -1,0 +1,299 @@
+"""`vtp latents`: images -> a folder of latents with their classes and the statistics to normalise them by.
+
+shard_00000.safetensors ...   latents [m, c, h, w] float32, latents_flip (the mirrored images'), labels [m] int64
+stats.json                    written last: a folder without it is unfinished
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from numpy import ndarray
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vtp.config import ConfigError
+from vtp.data.decode import BadImage, decode
+from vtp.data.sources import Raw, Source, open_source
+from vtp.engine.logging import console, progress_bar
+from vtp.engine.optim import Precision, autocast, pick_device
+from vtp.images import center_crop, normalise
+
+STATS = "stats.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentStats:
+    """What stats.json says of a folder of latents: how to normalise them and where they come from."""
+
+    mean: tuple[float, ...]  # per channel, over all unmirrored latents and positions
+    std: tuple[float, ...]  # per channel, unbiased
+    shape: tuple[int, int, int]  # channels, rows, columns
+    count: int  # images
+    flip: bool  # whether the mirrored images' latents are there too
+    size: int  # side of the images in pixels
+    data: str
+    limit: int | None  # images asked for at most
+    label: str  # which of the data's labels
+    classes: tuple[str, ...]  # names of the label's values
+    left_out: dict[str, int]  # samples of the data that are not here, by reason
+    tokenizer: str
+    tokenizer_sha256: str  # of its model.safetensors
+
+    @staticmethod
+    def read(file: Path) -> LatentStats:
+        """From a stats.json.
+
+        Raises:
+            ConfigError: there is none, or it lacks something.
+        """
+        if not file.is_file():
+            raise ConfigError(f"no {file}: make it with `vtp latents TOKENIZER --data DATA --out {file.parent}`")
+        saved: dict[str, Any] = json.loads(file.read_text())
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        try:
+            return LatentStats(**values)
+        except TypeError as error:
+            raise ConfigError(f"{file} does not describe latents: {error}") from None
+
+    def write(self, file: Path) -> None:
+        """To a stats.json."""
+        file.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    def normalise(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """To mean 0 and standard deviation 1 in every channel; a channel that never changes becomes 0."""
+        mean, std = self._tensors(latents)
+        return (latents - mean) / std
+
+    def denormalise(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Back to what the tokenizer's decoder reads."""
+        mean, std = self._tensors(latents)
+        return latents * std + mean
+
+    def _tensors(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = torch.tensor([self.mean, self.std], dtype=like.dtype, device=like.device)[..., None, None]
+        return mean, std.clamp(min=1e-6)
+
+
+class Latents:
+    """A folder of latents, memory-mapped: rows are read from the disk as they are taken."""
+
+    def __init__(self, folder: Path) -> None:
+        self.stats = LatentStats.read(folder / STATS)
+        self.shards = []
+        for file in sorted(folder.glob("shard_*.safetensors")):
+            with safe_open(file, "pt") as shard:
+                self.shards.append({key: shard.get_tensor(key) for key in shard.keys()})  # noqa: SIM118
+        self.ends = torch.tensor([len(s["labels"]) for s in self.shards]).cumsum(0)
+        if not self.shards or len(self) != self.stats.count:
+            found = len(self) if self.shards else 0
+            raise ConfigError(f"{folder} holds {found} latents, its {STATS} says {self.stats.count}: make it again")
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def take(
+        self, rows: Int[Tensor, " b"], mirrored: Bool[Tensor, " b"]
+    ) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"]]:
+        """Latents (of the mirrored image where asked) and labels of some rows."""
+        shards = torch.searchsorted(self.ends, rows, right=True)
+        latents, labels = torch.empty(len(rows), *self.stats.shape), torch.empty(len(rows), dtype=torch.int64)
+        for i in shards.unique().tolist():
+            inside = rows - (int(self.ends[i - 1]) if i > 0 else 0)
+            for key, chosen in (("latents", ~mirrored), ("latents_flip", mirrored)):
+                where = (shards == i) & chosen
+                if where.any():
+                    latents[where] = self.shards[i][key][inside[where]]
+                    labels[where] = self.shards[i]["labels"][inside[where]]
+        return latents, labels
+
+
+@torch.no_grad()
+def encode_latents(
+    tokenizer: Path,
+    data: str,
+    out: Path,
+    *,
+    label: str | None = None,
+    annotations: str | None = None,
+    size: int | None = None,
+    flip: bool = True,
+    limit: int | None = None,
+    batch_size: int = 64,
+    shard_size: int = 10_000,
+    device: str = "auto",
+    precision: Precision = "fp32",
+) -> Path:
+    """Write the latents of `data` under a tokenizer to `out`, and return it.
+
+    Args:
+        tokenizer: a published tokenizer folder.
+        data: any DATA string.
+        label: which label of the data becomes the class; may be left out where there is only one.
+        annotations: captions and labels by key, beside tar shards.
+        size: side of the images, cropped as ADM does; the tokenizer's own if None.
+        flip: also encode the mirrored images.
+        limit: stop after so many images, in the data's order: give it for `scenes`, which has a million.
+        batch_size: images encoded at once.
+        shard_size: images in a file.
+
+    A folder that already holds these latents is left as it is. Samples without the label and broken pictures are left
+    out, and counted in stats.json.
+
+    Raises:
+        ConfigError: no such tokenizer, data or label, or `out` holds other latents.
+    """
+    weights = tokenizer / "model.safetensors"
+    if not weights.is_file():
+        raise ConfigError(f"{tokenizer} is no tokenizer: it holds no model.safetensors")
+    source = open_source(data, annotations)
+    label = _label(source, label)
+    target = pick_device(device)
+    from vtp.models.vtp_hf import VTPModel
+
+    model: Any = VTPModel.from_pretrained(tokenizer)
+    model = model.to(target).eval()
+    size = model.config.image_size if size is None else size
+    origin: dict[str, Any] = {
+        "data": data,
+        "label": label,
+        "size": size,
+        "flip": flip,
+        "limit": limit,
+        "tokenizer_sha256": sha256(weights),
+    }
+    if (out / STATS).is_file():
+        there = asdict(LatentStats.read(out / STATS))
+        changed = [f"{k}: {there[k]} -> {v}" for k, v in origin.items() if there[k] != v]
+        if changed:
+            raise ConfigError(f"{out} holds other latents ({'; '.join(changed)}); choose another --out")
+        console.print(f"{out} already holds these latents")
+        return out
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("shard_*.safetensors"):  # of an unfinished run
+        old.unlink()
+
+    def encode(images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
+        with autocast(target, precision):
+            return model.get_reconstruction_latents(images).float()
+
+    left_out: Counter[str] = Counter()
+    samples = islice(_labelled(source, label, size, left_out), limit)
+    sums = _Moments()
+    parts: list[dict[str, Tensor]] = []
+    count = shard = 0
+    with progress_bar("latents") as bar:
+        task = bar.add_task("latents", total=limit, status="")
+        while rows := list(islice(samples, min(batch_size, shard_size - sum(len(p["labels"]) for p in parts)))):
+            pixels = torch.from_numpy(np.stack([image for image, _ in rows])).permute(0, 3, 1, 2)
+            images = normalise(pixels.to(target))
+            part = {"latents": encode(images).cpu(), "labels": torch.tensor([y for _, y in rows])}
+            if flip:
+                part["latents_flip"] = encode(images.flip(-1)).cpu()
+            sums.add(part["latents"])
+            parts.append(part)
+            count += len(rows)
+            if sum(len(p["labels"]) for p in parts) == shard_size:
+                _write_shard(out, shard, parts)
+                shard, parts = shard + 1, []
+            bar.update(task, completed=count)
+    if parts:
+        _write_shard(out, shard, parts)
+    if count == 0:
+        raise ConfigError(f"no usable picture in {data} has the label '{label}'; left out: {dict(left_out)}")
+    left_out.update({reason: n for reason, n in source.report.items() if reason != "samples"})
+    channels, height, width = sums.shape
+    mean, std = sums.mean_std()
+    LatentStats(
+        mean=mean,
+        std=std,
+        shape=(channels, height, width),
+        count=count,
+        classes=source.classes[label],
+        left_out=dict(left_out),
+        tokenizer=str(tokenizer.resolve()),
+        **origin,
+    ).write(out / STATS)
+    console.print(f"{count} latents of {channels} x {height} x {width} in {out}")
+    return out
+
+
+def sha256(file: Path) -> str:
+    """Hash of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _label(source: Source, label: str | None) -> str:
+    names = sorted(source.classes)
+    if label is None and len(names) == 1:
+        return names[0]
+    if label not in source.classes:
+        asked = "has several labels" if label is None else f"has no label '{label}'"
+        there = f"choose --label of {', '.join(names)}" if names else "give labels by class folders or --annotations"
+        raise ConfigError(f"{source.name} {asked if names else 'has no labels'}; {there}")
+    return label
+
+
+def _labelled(
+    source: Source, label: str, size: int, left_out: Counter[str]
+) -> Iterator[tuple[UInt8[ndarray, "h w 3"], int]]:
+    """Cropped pictures that have the label, with its value; the others are counted."""
+    for shard in source.shards:
+        for raw in source.read(shard, size):
+            if label not in raw.labels:
+                left_out[f"no {label}"] += 1
+                continue
+            try:
+                yield _pixels(raw, size), raw.labels[label]
+            except BadImage as error:
+                left_out[error.reason] += 1
+
+
+def _pixels(raw: Raw, size: int) -> UInt8[ndarray, "h w 3"]:
+    image = decode(raw.image) if isinstance(raw.image, bytes) else raw.image
+    if image.shape[:2] == (size, size):
+        return image
+    return np.asarray(center_crop(Image.fromarray(image), size))
+
+
+def _write_shard(out: Path, number: int, parts: Sequence[dict[str, Tensor]]) -> None:
+    save_file({key: torch.cat([p[key] for p in parts]) for key in parts[0]}, out / f"shard_{number:05d}.safetensors")
+
+
+class _Moments:
+    """Mean and standard deviation per channel of a stream, from float64 sums about the first batch's mean."""
+
+    def __init__(self) -> None:
+        self.shape: tuple[int, ...] = ()
+
+    def add(self, x: Float[Tensor, "b c h w"]) -> None:
+        wide = x.double()
+        if not self.shape:
+            self.shape, self.n = tuple(x.shape[1:]), 0
+            self.offset = wide.mean((0, 2, 3))
+            self.first, self.second = torch.zeros_like(self.offset), torch.zeros_like(self.offset)
+        wide = wide - self.offset[:, None, None]
+        self.n += wide[:, 0].numel()
+        self.first += wide.sum((0, 2, 3))
+        self.second += wide.square().sum((0, 2, 3))
+
+    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        mean = self.first / self.n
+        variance = (self.second - self.n * mean.square()) / max(1, self.n - 1)
+        return tuple((mean + self.offset).tolist()), tuple(variance.clamp(min=0).sqrt().tolist())

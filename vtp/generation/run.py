@@ -1,0 +1,46 @@
+"""`vtp train-dit`: a folder of latents -> run folder with a diffusion transformer to sample from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from vtp import dist
+from vtp.config import ConfigError
+from vtp.engine.logging import console
+from vtp.engine.loop import open_run, reseed, train
+from vtp.engine.optim import pick_device
+from vtp.generation.config import DiTTrainConfig
+from vtp.generation.latents import Latents
+from vtp.generation.learner import DiTLearner, LatentBatches
+from vtp.models.dit import DiTConfig, LightningDiT
+
+ORCHESTRATION = ("device", "loop.log_every", "loop.save_every", "loop.keep", "loop.tensorboard")
+
+
+def train_dit(cfg: DiTTrainConfig) -> Path:
+    """Train to `cfg.steps`, resuming what is in `cfg.out`; returns the folder of the moving average's weights.
+
+    That folder holds config.json, model.safetensors, and the stats.json of the latents it learned.
+
+    Raises:
+        ConfigError: latents or run folder cannot be used; said before anything is built.
+        NonFiniteError: a loss became NaN or infinite; the last good checkpoint is kept.
+    """
+    latents = Latents(cfg.folder)
+    if cfg.flip and not latents.stats.flip:
+        raise ConfigError(f"{cfg.folder} holds no mirrored latents; set flip=false, or make them without --no-flip")
+    channels, rows, _ = latents.stats.shape
+    classes = len(latents.stats.classes)
+    shape = DiTConfig(input_size=rows, in_channels=channels, num_classes=classes, **asdict(cfg.model))
+    out = open_run(cfg, cfg.resume, ignore=ORCHESTRATION)
+    reseed(cfg.seed, 0, 0)  # every rank starts from the same weights
+    learner = DiTLearner(cfg, LightningDiT(shape), latents, pick_device(cfg.device))
+    batches = LatentBatches(latents, cfg.batch_size, cfg.seed, cfg.flip)
+    train(learner, batches, cfg.steps, cfg.seed, cfg.loop, out, title=out.name)
+    if dist.is_main():
+        learner.published().save_pretrained(out / "model")
+        latents.stats.write(out / "model" / "stats.json")
+        console.print(f"published {out / 'model'}")
+    dist.barrier()
+    return out / "model"

@@ -1,0 +1,1 @@
+"""Networks: nn.Modules only, without losses, data or process groups."""

@@ -1,0 +1,200 @@
+"""Transformer parts shared by the trunk, the pixel decoder and the text tower.
+
+Every layer draws its own initial weights once, in `reset_parameters`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vtp.models.rope import rotate
+
+Rope = tuple[Tensor, Tensor]  # cosine and signed sine, see vtp.models.rope
+
+# On a CPU the fused attention kernel pays for every (image, head) pair; short sequences are faster as batched products.
+SHORT_SEQUENCE = 128
+
+
+class Linear(nn.Linear):
+    """nn.Linear that starts with normal weights of the given standard deviation and zero bias."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, std: float = 0.02) -> None:
+        self.std = std
+        super().__init__(in_features, out_features, bias=bias)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019), computed in float32."""
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        if x.dtype == self.weight.dtype:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight  # a bf16 x and an fp32 weight give fp32
+
+
+class LayerScale(nn.Module):
+    """A learned gain for each channel of a residual branch (Touvron et al. 2021)."""
+
+    def __init__(self, dim: int, init_value: float) -> None:
+        super().__init__()
+        self.init_value = init_value
+        self.gamma = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.gamma, self.init_value)
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        return x * self.gamma
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, linear."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(w1 x) * w2 x) (Shazeer 2020)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = Linear(dim, hidden)
+        self.w2 = Linear(dim, hidden)
+        self.w3 = Linear(hidden, dim)
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+def swiglu_hidden(dim: int, mlp_ratio: float, align: int) -> int:
+    """Two thirds of the MLP's hidden width, rounded up to a multiple of `align`: the parameters of both are equal."""
+    return -(-int(int(dim * mlp_ratio) * 2 / 3) // align) * align
+
+
+def make_norm(name: str, dim: int) -> nn.Module:
+    """layernorm (eps 1e-6), layernormbf16 (LayerNorm, eps 1e-5) or rmsnorm (eps 1e-5)."""
+    if name == "rmsnorm":
+        return RMSNorm(dim)
+    return nn.LayerNorm(dim, eps={"layernorm": 1e-6, "layernormbf16": 1e-5}[name])
+
+
+def make_ffn(name: str, dim: int, mlp_ratio: float) -> nn.Module:
+    """mlp, or swiglu with the multiple of its hidden width (8 when not named)."""
+    if name == "mlp":
+        return Mlp(dim, int(dim * mlp_ratio))
+    return SwiGLU(dim, swiglu_hidden(dim, mlp_ratio, align=int(name.removeprefix("swiglu") or 8)))
+
+
+def attention(
+    q: Float[Tensor, "b heads t h"],
+    k: Float[Tensor, "b heads t h"],
+    v: Float[Tensor, "b heads t h"],
+    causal: bool = False,
+) -> Float[Tensor, "b heads t h"]:
+    """softmax(q k^T / sqrt(h)) v; `causal`: a token sees itself and those before it."""
+    tokens = q.shape[-2]
+    if q.device.type != "cpu" or tokens > SHORT_SEQUENCE:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    with torch.autocast("cpu", enabled=False):  # scores in float32, as inside the fused kernel
+        scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().mT  # [b, heads, t, t]
+        if causal:
+            scores = scores + torch.full((tokens, tokens), -torch.inf).triu_(1)
+        return (scores.softmax(-1) @ v.float()).to(v.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with rotated queries and keys."""
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(dim, 3 * dim)
+        self.q_norm = RMSNorm(dim // num_heads) if qk_norm else None
+        self.k_norm = RMSNorm(dim // num_heads) if qk_norm else None
+        self.proj = Linear(dim, dim)
+
+    def forward(self, x: Float[Tensor, "b t d"], rope: Rope) -> Float[Tensor, "b t d"]:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [b, t, 3, heads, h]
+        qk, v = qkv[:, :, :2], qkv[:, :, 2]
+        if self.q_norm is not None and self.k_norm is not None:
+            qk = torch.stack([self.q_norm(qk[:, :, 0]), self.k_norm(qk[:, :, 1])], dim=2)
+        q, k = rotate(qk, *rope).unbind(2)
+        # with qk-norm under autocast q and k are float32 and v is not
+        q, k, v = (y.to(v.dtype).transpose(1, 2) for y in (q, k, v))  # [b, heads, t, h]
+        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def residual(
+    x: Float[Tensor, "b t d"], branch: Callable[[Tensor], Tensor], drop: float = 0.0
+) -> Float[Tensor, "b t d"]:
+    """x + branch(x); stochastic depth (Huang et al. 2016) computes the branch for a random subset of the batch only.
+
+    The kept max(int(b (1 - drop)), 1) rows are scaled by b / kept, so that the expectation is that of the full branch.
+    """
+    if drop == 0.0:
+        return x + branch(x)
+    kept = max(int(len(x) * (1 - drop)), 1)
+    rows = torch.randperm(len(x), device=x.device)[:kept]
+    update = branch(x.index_select(0, rows)).to(x.dtype)  # under autocast the branch has a lower precision than x
+    return x.index_add(0, rows, update, alpha=len(x) / kept)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        ffn_layer: str,
+        norm_layer: str,
+        init_values: float | None,
+        qk_norm: bool,
+    ) -> None:
+        super().__init__()
+        self.norm1 = make_norm(norm_layer, dim)
+        self.attn = SelfAttention(dim, num_heads, qk_norm)
+        self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.norm2 = make_norm(norm_layer, dim)
+        self.mlp = make_ffn(ffn_layer, dim, mlp_ratio)
+        self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
+
+    def attend(self, x: Float[Tensor, "b t d"], rope: Rope) -> Float[Tensor, "b t d"]:
+        """The attention branch, without the sum."""
+        return self.ls1(self.attn(self.norm1(x), rope))
+
+    def feed(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        """The feed-forward branch, without the sum."""
+        return self.ls2(self.mlp(self.norm2(x)))
+
+    def forward(self, x: Float[Tensor, "b t d"], rope: Rope, drop_path: float = 0.0) -> Float[Tensor, "b t d"]:
+        x = residual(x, lambda x: self.attend(x, rope), drop_path)
+        return residual(x, self.feed, drop_path)

@@ -1,0 +1,293 @@
+"""THE tokenizer: a transformers model whose configuration keys, weight names and methods are the published ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+
+from vtp.models.config import DecoderConfig, ModelConfig, TextConfig, ViTConfig
+from vtp.models.decoder import PixelDecoder
+from vtp.models.layers import Linear
+from vtp.models.text import TextTransformer, pool_text
+from vtp.models.vit import Tokens, ViT
+
+PARTS = {"vision": ViTConfig, "text": TextConfig, "decoder": DecoderConfig}
+
+
+def _flatten(config: ModelConfig) -> dict[str, Any]:
+    """Published keys: those of a part carry its name, as in vision_embed_dim."""
+    flat: dict[str, Any] = {}
+    for key, value in dataclasses.asdict(config).items():
+        flat |= {f"{key}_{name}": v for name, v in value.items()} if key in PARTS else {key: value}
+    return flat
+
+
+DEFAULTS = _flatten(ModelConfig())
+DEFAULT_ROPE_DTYPE = DEFAULTS["rope_dtype"]
+
+
+class VTPConfig(PretrainedConfig):
+    """The published flat configuration; any key may be left out. `rope_dtype` is ours, and saved only when changed."""
+
+    model_type = "vtp"
+
+    def __init__(self, **kwargs: Any) -> None:
+        for key, default in DEFAULTS.items():
+            setattr(self, key, kwargs.pop(key, default))
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_model_config(cls, config: ModelConfig) -> VTPConfig:
+        """The flat form of a typed configuration."""
+        return cls(**_flatten(config))
+
+    def model_config(self) -> ModelConfig:
+        """The typed form. Raises ValueError, naming the key, for values no network can be built from."""
+        parts = {
+            part: config(**{f.name: getattr(self, f"{part}_{f.name}") for f in dataclasses.fields(config)})
+            for part, config in PARTS.items()
+        }
+        rest = {f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig) if f.name not in PARTS}
+        return ModelConfig(**parts, **rest)
+
+    @classmethod
+    def from_vtp_yaml(cls, path: str | Path) -> VTPConfig:
+        """Read the model from a published training configuration (sections data, training, vtp_model)."""
+        from omegaconf import OmegaConf
+
+        return cls(**_flat_from_yaml(OmegaConf.to_container(OmegaConf.load(path), resolve=True), path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As published: without `rope_dtype` where it is the published arithmetic."""
+        return {k: v for k, v in super().to_dict().items() if k != "rope_dtype" or v != DEFAULT_ROPE_DTYPE}
+
+
+# vtp_model.SECTION.KEY of a published YAML -> our key, where the two differ; keys that may be left out
+YAML_SECTIONS = {"vision_encoder": "vision", "text_encoder": "text", "pixel_decoder": "decoder"}
+YAML_NAMES = {
+    "vision_norm_layer": "norm_type",
+    "vision_feature_bottleneck": "vit_feature_bottleneck",
+    "text_num_heads": "heads",
+    "text_depth": "layers",
+    "decoder_init_values": "layerscale_init",
+}
+YAML_OPTIONAL = (
+    "vision_init_values",
+    "vision_use_qk_norm",
+    "text_ls_init_value",
+    "decoder_init_values",
+    "decoder_use_qk_norm",
+)
+
+
+def _flat_from_yaml(tree: Any, path: str | Path) -> dict[str, Any]:
+    try:
+        training = tree["training"]
+        flat = {"image_size": tree["data"]["image_size"]}
+        flat |= {key: training[key] for key in ("train_clip", "train_reconstruction")}
+        optional = ("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale")
+        flat |= {key: training[key] for key in optional if key in training}
+        for section, part in YAML_SECTIONS.items():
+            values = tree["vtp_model"][section]
+            for field in dataclasses.fields(PARTS[part]):
+                key = f"{part}_{field.name}"
+                name = YAML_NAMES.get(key, field.name)
+                if name in values or key not in YAML_OPTIONAL:
+                    flat[key] = values[name]
+        return flat
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: {error} is missing in data, training or vtp_model") from None
+
+
+LEGACY_NAMES = {"transformer": "text_transformer", "proj": "visual_proj"}
+
+
+def from_legacy_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the published training class under the published model's names; head and teacher are left out."""
+    renamed = {}
+    for name, tensor in state.items():
+        first, dot, rest = name.partition(".")
+        if first != "dino_head" and not first.startswith("teacher_"):
+            renamed[LEGACY_NAMES.get(first, first) + dot + rest] = tensor
+    return renamed
+
+
+class VTPModel(PreTrainedModel):
+    """A visual tokenizer: ViT encoder, optional pixel decoder, optional text tower.
+
+    Images are ImageNet-normalised [b 3 H W] of any size; rows = H // patch, columns = W // patch. Text is CLIP token
+    ids [b L], L at most the context length: text cut after its end token has the same feature as padded text.
+    """
+
+    config_class = VTPConfig
+    base_model_prefix = ""
+    main_input_name = "image"
+    supports_gradient_checkpointing = False
+    _no_split_modules = ["Block", "TextBlock"]
+
+    text_projection: nn.Parameter | Linear | None
+    logit_bias: nn.Parameter | None
+
+    def __init__(self, config: VTPConfig) -> None:
+        super().__init__(config)
+        cfg = config.model_config()
+        vision, text = cfg.vision, cfg.text
+        self.vision, self.text = vision, text
+        self.trunk = ViT(vision, cfg.rope_dtype)
+        if cfg.train_clip:
+            width = text.embed_dim
+            shape = [1] if cfg.nonscalar_logit_scale else []
+            self.visual_proj = Linear(vision.clip_dim, width, bias=False, std=vision.clip_dim**-0.5)
+            self.text_transformer = TextTransformer(text)
+            self.token_embedding = nn.Embedding(text.vocab_size, width)
+            self.positional_embedding = nn.Parameter(torch.empty(text.context_length, width))
+            self.ln_final = nn.LayerNorm(width)
+            if text.proj_type == "none":
+                self.text_projection = None
+            elif text.proj_bias:
+                self.text_projection = Linear(width, width, std=width**-0.5)
+            else:
+                self.text_projection = nn.Parameter(torch.empty(width, width))
+            self.logit_scale = nn.Parameter(torch.empty(shape))
+            self.logit_bias = None if cfg.init_logit_bias is None else nn.Parameter(torch.empty(shape))
+        if cfg.train_reconstruction:
+            self.pixel_decoder = PixelDecoder(cfg.decoder, vision.latent_dim, vision.patch_size, cfg.rope_dtype)
+        self.reset_parameters()
+        self.post_init()
+
+    def reset_parameters(self) -> None:
+        """Draw CLIP's own tensors (Radford et al. 2021); the layers have drawn theirs."""
+        if not self.config.train_clip:
+            return
+        scale, bias = self.config.init_logit_scale, self.config.init_logit_bias
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        if isinstance(self.text_projection, nn.Parameter):
+            nn.init.normal_(self.text_projection, std=self.text.embed_dim**-0.5)
+        nn.init.constant_(self.logit_scale, math.log(1 / 0.07) if scale is None else scale)
+        if self.logit_bias is not None:
+            nn.init.constant_(self.logit_bias, bias)
+
+    def init_weights(self) -> None:
+        """Nothing to do: every layer drew its weights when it was built, and transformers would draw them again."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Called by from_pretrained for modules whose weights are not in the file."""
+        if not isinstance(module, nn.Embedding) and hasattr(module, "reset_parameters"):
+            cast(Any, module).reset_parameters()
+
+    # What the published methods are made of, for one pass of the trunk that serves many.
+
+    def latents(self, tokens: Tokens) -> Float[Tensor, "b c h w"]:
+        """The latent map of the patch tokens."""
+        return self.trunk.bottleneck(tokens.patches).mT.unflatten(2, tokens.grid)
+
+    def clip_image(self, tokens: Tokens, normalize: bool = True) -> Float[Tensor, "b t"]:
+        """The image features in the space shared with text."""
+        self._require("train_clip")
+        x = tokens.cls if self.vision.clip_feat == "cls" else tokens.patches.mean(dim=1)
+        x = self.visual_proj(x if self.vision.bottleneck_ae_only else self.trunk.bottleneck(x))
+        return F.normalize(x, dim=-1) if normalize else x
+
+    # The published methods.
+
+    def get_last_layer_feature(
+        self, image: Float[Tensor, "b 3 H W"], use_bottleneck: bool = False
+    ) -> dict[str, Tensor]:
+        """{"cls_token": [b d], "patch_tokens": [b n d]} after the final norm; d is the latents' with use_bottleneck."""
+        cls, patches, _ = self.trunk(image)
+        if use_bottleneck:
+            cls, patches = self.trunk.bottleneck(cls), self.trunk.bottleneck(patches)
+        return {"cls_token": cls, "patch_tokens": patches}
+
+    def get_intermediate_layers_feature(
+        self,
+        image: Float[Tensor, "b 3 H W"],
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
+        """Patch features of the last n blocks, or of the blocks n (from 0), before the bottleneck.
+
+        Returns:
+            One [b n d] a block, [b d h w] with reshape, each paired with the class token [b d] with return_class_token.
+        """
+        depth = len(self.trunk.blocks)
+        layers = self.trunk.intermediate(image, range(depth - n, depth) if isinstance(n, int) else n, norm)
+        maps = [t.patches.mT.unflatten(2, t.grid) if reshape else t.patches for t in layers]
+        return tuple(zip(maps, (t.cls for t in layers), strict=True)) if return_class_token else tuple(maps)
+
+    def get_clip_image_feature(self, image: Float[Tensor, "b 3 H W"], normalize: bool = True) -> Float[Tensor, "b t"]:
+        """Image features in the space shared with text; of length 1 with normalize."""
+        return self.clip_image(self.trunk(image), normalize)
+
+    def get_clip_text_feature(self, text: Int[Tensor, "b l"], normalize: bool = True) -> Float[Tensor, "b *l t"]:
+        """Text features in the space shared with images; of length 1 with normalize."""
+        self._require("train_clip")
+        if text.shape[1] > self.text.context_length:
+            raise ValueError(f"text of {text.shape[1]} tokens; the model reads at most {self.text.context_length}")
+        x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
+        x = self.ln_final(pool_text(self.text_transformer(x), text, self.text.pool_type))
+        if isinstance(self.text_projection, nn.Module):
+            x = self.text_projection(x)
+        elif self.text_projection is not None:
+            x = x @ self.text_projection
+        return F.normalize(x, dim=-1) if normalize else x
+
+    def get_clip_logits(
+        self, image: Float[Tensor, "a 3 H W"], text: Int[Tensor, "b l"]
+    ) -> tuple[Float[Tensor, "a b"], Float[Tensor, "b a"]]:
+        """Scaled similarities of images and texts, and their transpose."""
+        logits = self.logit_scale.exp() * self.get_clip_image_feature(image) @ self.get_clip_text_feature(text).T
+        logits = logits if self.logit_bias is None else logits + self.logit_bias
+        return logits, logits.T
+
+    def get_reconstruction_latents(self, image: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
+        """The latents of images."""
+        return self.latents(self.trunk(image))
+
+    def get_latents_decoded_images(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+        """The images of latents: ImageNet-normalised, not clamped."""
+        self._require("train_reconstruction")
+        return self.pixel_decoder(latents)
+
+    def forward(
+        self,
+        image: Float[Tensor, "a 3 H W"] | None = None,
+        text: Int[Tensor, "b l"] | None = None,
+        forward_type: str = "clip",
+    ) -> dict[str, Tensor]:
+        """The published entry: "clip" (features, exp'ed logit_scale), "rec" (latents and images) or "feature"."""
+        if forward_type == "clip":
+            out = {} if image is None else {"image_features": self.get_clip_image_feature(image)}
+            out |= {} if text is None else {"text_features": self.get_clip_text_feature(text)}
+            self._require("train_clip")
+            out["logit_scale"] = self.logit_scale.exp()
+            return out if self.logit_bias is None else out | {"logit_bias": self.logit_bias}
+        if image is None:
+            raise ValueError(f"forward_type={forward_type!r} needs an image")
+        if forward_type == "rec":
+            latents = self.get_reconstruction_latents(image)
+            decoded = self.get_latents_decoded_images(latents)
+            return {"latents": latents, "reconstructed_image": decoded, "target_image": image}
+        if forward_type == "feature":
+            return self.get_last_layer_feature(image, use_bottleneck=True)
+        raise ValueError(f"forward_type={forward_type!r} is unknown; one of 'clip', 'rec', 'feature'")
+
+    def _require(self, key: str) -> None:
+        if not getattr(self.config, key):
+            raise RuntimeError(f"this tokenizer was built with {key}=false and has no such part")
+
+
+AutoConfig.register("vtp", VTPConfig)
+AutoModel.register(VTPConfig, VTPModel)

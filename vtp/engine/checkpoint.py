@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,8 @@ def save(folder: Path, step: int, tensors: dict[str, Any], progress: dict[str, A
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    dcp.save(tensors, checkpoint_id=partial, no_dist=dist.world_size() == 1)
+    with _quiet():
+        dcp.save(tensors, checkpoint_id=partial, no_dist=dist.world_size() == 1)
     if dist.is_main():
         (partial / PROGRESS).write_text(json.dumps({"step": step, **progress}))
         shutil.rmtree(final, ignore_errors=True)
@@ -51,5 +55,14 @@ def complete(folder: Path) -> list[Path]:
 
 def load(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
     """Fill `tensors` in place from a checkpoint; returns its progress, with `step`."""
-    dcp.load(tensors, checkpoint_id=path, no_dist=dist.world_size() == 1)
+    with _quiet():
+        dcp.load(tensors, checkpoint_id=path, no_dist=dist.world_size() == 1)
     return json.loads((path / PROGRESS).read_text())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """One process is what a laptop has; torch warns about it at every call."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ class LoopConfig:
     tensorboard: bool = False
 
 
+@runtime_checkable
 class Learner(Protocol):
     """One thing that learns: parameters, optimiser and whatever else it must remember."""
 
@@ -45,6 +46,7 @@ class Learner(Protocol):
         """Nested dict of every tensor that a resumed run needs: saved from, and on resume filled in place."""
 
 
+@runtime_checkable
 class Batches(Protocol):
     """An endless stream that can say where it stands, in JSON values."""
 
@@ -102,6 +104,7 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
         SystemExit: code 0 after SIGTERM, 130 after Ctrl-C, both with a checkpoint written.
     """
     folder = out / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
     done, seconds = 0, 0.0
     found = checkpoint.complete(folder)
     if found:

@@ -1,0 +1,178 @@
+"""The loop with a learner of two numbers: resume, faults, records."""
+
+import json
+import os
+import signal
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from vtp.config import ConfigError
+from vtp.engine import checkpoint
+from vtp.engine.loop import LoopConfig, NonFiniteError, open_run, train
+from vtp.engine.optim import OptimConfig, adamw, optimizer_tensors, set_schedule, update
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    out: str = "x"
+    width: int = 4
+    workers: int = 0
+
+
+class Counting:
+    """Batches 0, 1, 2, ... with a position."""
+
+    def __init__(self):
+        self.taken = 0
+
+    def __iter__(self):
+        while True:
+            self.taken += 1
+            yield torch.tensor(float(self.taken - 1))
+
+    def state_dict(self):
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state):
+        self.taken = state["taken"]
+
+
+class Line:
+    """Fits w x + noise; the noise comes from the step's seed, so a wrong seed shows in the weights."""
+
+    images_per_step = 3
+
+    def __init__(self, poison_at=None, kill_at=None):
+        torch.manual_seed(7)
+        self.model = torch.nn.Linear(4, 4)
+        self.optimizer = adamw(self.model.named_parameters(), OptimConfig())
+        self.poison_at, self.kill_at = poison_at, kill_at
+        self.seen = []
+
+    def step(self, batch, step):
+        self.seen.append(float(batch))
+        set_schedule(self.optimizer, OptimConfig(), step, 20)
+        loss = (self.model(torch.randn(3, 4)) - batch / 10).square().mean()
+        if step == self.poison_at:
+            loss = loss * float("nan")
+        loss.backward()
+        norm = update(self.optimizer, list(self.model.parameters()), 1.0)
+        if step == self.kill_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"total": loss.detach(), "grad_norm": norm}
+
+    def tensors(self):
+        return {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.optimizer, self.params())}
+
+    def params(self):
+        return self.model.named_parameters()
+
+
+LOOP = LoopConfig(log_every=2, save_every=5, keep=2)
+
+
+def lines(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def science(path):
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines(path)]
+
+
+def test_a_stopped_and_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path):
+    straight = Line()
+    train(straight, Counting(), 20, 0, LOOP, tmp_path / "straight", "t")
+    with pytest.raises(SystemExit) as stopped:
+        train(Line(kill_at=12), Counting(), 20, 0, LOOP, tmp_path / "parts", "t")
+    assert stopped.value.code == 0
+    assert checkpoint.complete(tmp_path / "parts/checkpoints")[-1].name == "step_0000013"
+    resumed = Line()
+    train(resumed, Counting(), 20, 0, LOOP, tmp_path / "parts", "t")
+    assert resumed.seen == [float(i) for i in range(13, 20)]
+    assert torch.equal(straight.model.weight, resumed.model.weight)
+    last = science(tmp_path / "parts")[-1]
+    assert last == science(tmp_path / "straight")[-1]
+    assert last["step"] == 20 and last["images"] == 60
+
+
+def test_another_seed_is_another_run(tmp_path):
+    a, b = Line(), Line()
+    train(a, Counting(), 6, 0, LOOP, tmp_path / "a", "t")
+    train(b, Counting(), 6, 1, LOOP, tmp_path / "b", "t")
+    assert not torch.equal(a.model.weight, b.model.weight)
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    with pytest.raises(NonFiniteError, match="total, grad_norm not finite between steps 6 and 8.*step_0000005"):
+        train(Line(poison_at=6), Counting(), 20, 0, LOOP, tmp_path, "t")
+    kept = checkpoint.complete(tmp_path / "checkpoints")
+    assert [path.name for path in kept] == ["step_0000005"]
+    learner = Line()
+    checkpoint.load(kept[-1], learner.tensors())
+    assert learner.model.weight.isfinite().all()
+
+
+def test_a_finished_run_does_nothing_more(tmp_path):
+    train(Line(), Counting(), 6, 0, LOOP, tmp_path, "t")
+    before = lines(tmp_path)
+    again = Line()
+    train(again, Counting(), 6, 0, LOOP, tmp_path, "t")
+    assert again.seen == [] and lines(tmp_path) == before
+
+
+def test_old_checkpoints_go_and_half_written_ones_are_not_seen(tmp_path):
+    train(Line(), Counting(), 20, 0, LOOP, tmp_path, "t")
+    folder = tmp_path / "checkpoints"
+    assert [path.name for path in checkpoint.complete(folder)] == ["step_0000015", "step_0000020"]
+    (folder / "step_0000099").mkdir()
+    assert checkpoint.complete(folder)[-1].name == "step_0000020"
+
+
+def test_metrics_after_the_checkpoint_are_dropped_and_a_cut_line_is_tolerated(tmp_path):
+    with pytest.raises(SystemExit):
+        train(Line(kill_at=7), Counting(), 20, 0, LOOP, tmp_path, "t")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 999, "total": 1}\n{"step": 10')
+    train(Line(), Counting(), 20, 0, LOOP, tmp_path, "t")
+    steps = [line["step"] for line in lines(tmp_path)]
+    assert steps == sorted(set(steps)) and steps[-1] == 20
+
+
+def test_a_run_folder_refuses_another_configuration(tmp_path):
+    cfg = Config(out=str(tmp_path / "run"))
+    open_run(cfg, "auto")
+    open_run(Config(out=cfg.out, workers=3), "auto", ignore=("workers",))
+    with pytest.raises(ConfigError, match="another configuration .width: 4 -> 8."):
+        open_run(Config(out=cfg.out, width=8), "auto", ignore=("workers",))
+    with pytest.raises(ConfigError, match="already holds a run"):
+        open_run(cfg, "never")
+
+
+def test_decay_is_for_matrices_only():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 2)
+            self.cls_token = torch.nn.Parameter(torch.zeros(1, 1, 3))
+            self.scale = torch.nn.Parameter(torch.zeros(()))
+
+    optimizer = adamw(Model().named_parameters(), OptimConfig())
+    decayed, rest = optimizer.param_groups
+    assert [tuple(p.shape) for p in decayed["params"]] == [(2, 3)]
+    assert len(rest["params"]) == 3
+    set_schedule(optimizer, OptimConfig(), 10, 20)
+    assert decayed["weight_decay"] > 0 and rest["weight_decay"] == 0.0
+
+
+def test_tensorboard_holds_what_the_record_holds(tmp_path):
+    pytest.importorskip("tensorboard")
+    train(Line(), Counting(), 4, 0, LoopConfig(log_every=2, save_every=4, tensorboard=True), tmp_path, "t")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    written = [(event.step, event.value) for event in board.Scalars("total")]
+    recorded = [(line["step"], line["total"]) for line in lines(tmp_path)]
+    assert [s for s, _ in written] == [s for s, _ in recorded]
+    torch.testing.assert_close(torch.tensor([v for _, v in written]), torch.tensor([v for _, v in recorded]))

@@ -1,0 +1,1 @@
+"""Bytes to batches: sources, views, augmentation, masks and the loader."""

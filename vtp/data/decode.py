@@ -1,0 +1,65 @@
+"""Bytes of an image file -> 8-bit RGB pixels: the one place that meets what cameras, scanners and the web make."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from jaxtyping import UInt8
+from numpy import ndarray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 64_000_000  # larger pictures are taken for decompression bombs
+_ORIENTATION = 0x0112  # EXIF tag
+
+
+class BadImage(ValueError):
+    """Bytes that are no usable picture; `reason` is a short name to count by."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+def decode(data: bytes) -> UInt8[ndarray, "h w 3"]:
+    """Decode an image file of any kind PIL reads.
+
+    EXIF rotation is applied, transparency is laid over white, CMYK and palettes become RGB, 16 bits become 8 by
+    dropping the low byte, and of an animation the first frame is taken.
+
+    Raises:
+        BadImage: "empty file", "not an image", "corrupt image" (truncated, for example) or "too many pixels".
+    """
+    if not data:
+        raise BadImage("empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL warns of large pictures and odd metadata; the size is checked here
+            image = Image.open(io.BytesIO(data))
+            if image.width * image.height > MAX_PIXELS:
+                raise BadImage("too many pixels", f"{image.width} x {image.height}, at most {MAX_PIXELS} are decoded")
+            return np.array(_rgb(_upright(image)))  # a copy that may be written to, as torch wants it
+    except Image.DecompressionBombError as error:
+        raise BadImage("too many pixels", str(error)) from None
+    except UnidentifiedImageError:
+        raise BadImage("not an image") from None
+    except BadImage:
+        raise
+    except Exception as error:  # PIL's plugins raise OSError, SyntaxError, struct.error, ... on broken files
+        raise BadImage("corrupt image", f"{type(error).__name__}: {error}") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        return ImageOps.exif_transpose(image)
+    return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits, which PIL opens as I;16 or as 32-bit I
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

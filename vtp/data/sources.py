@@ -1,0 +1,425 @@
+"""Where pictures come from: one DATA string -> a `Source` that yields raw samples, shard by shard.
+
+    path/                    class folders: CLASS/FILE.jpg, or pictures without classes
+    path/ + metadata.jsonl   {"file_name": ..., "text": caption or captions, other columns: labels}
+    path/{00..99}.tar        webdataset shards: KEY.jpg|png|webp + KEY.txt|json|cls, or CLASS/FILE.jpg; also globs,
+                             a folder of tars, and pipe:, https:, ... as webdataset opens them
+    scenes, scenes:test      the embedded set and its held-out part
+
+Files that hold classes may lie beside a classes.json that names them: a list of {"wnid": folder, "names": [...]}.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy import ndarray
+
+from vtp.config import ConfigError
+from vtp.data import scenes
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+CAPTION_COLUMNS = ("text", "caption", "captions")
+KEY_COLUMNS = ("key", "file_name")
+# What a class is called in a caption or a zero-shot prompt where the data does not say it.
+CLASS_TEMPLATES = ("a photo of a {}", "a picture of a {}", "a photo of the {}", "a close-up of a {}", "a {}")
+_SUFFIXES = frozenset(IMAGE_SUFFIXES)
+_REMOTE = re.compile(r"^(pipe|https?|s3|gs|hf|ais|ftps|sftp|scp|file):")
+
+
+class Raw(NamedTuple):
+    """One sample before decoding."""
+
+    key: str
+    image: bytes | ndarray  # an image file, or [h, w, 3] uint8 where the source draws it
+    captions: tuple[str, ...]  # any number; one is drawn each time
+    labels: dict[str, int]  # indices into Source.classes; a label that does not apply is absent
+
+
+class Source(Protocol):
+    """Samples in shards. Reading is sequential within a shard and pure: the same shard gives the same samples.
+
+    Attributes:
+        name: the DATA string.
+        shards: opaque and picklable; what a worker is given to read.
+        random_access: every shard is a single sample, so that permuting shards shuffles completely.
+        classes: for each label its class names; a label is an index into them.
+        templates: for each label prompt templates with one {}.
+        report: how many samples were seen ("samples") and skipped, by reason.
+    """
+
+    name: str
+    shards: Sequence[Any]
+    random_access: bool
+    classes: dict[str, tuple[str, ...]]
+    templates: dict[str, tuple[str, ...]]
+    report: Counter[str]
+
+    def read(self, shard: Any, size: int | None = None) -> Iterator[Raw]:
+        """Samples of a shard. `size` is the side in pixels at which a source that draws its pictures should do so."""
+        ...
+
+
+def open_source(data: str, annotations: str | None = None) -> Source:
+    """Open a DATA string; see the head of this file.
+
+    Args:
+        data: a path or one of the forms above.
+        annotations: a jsonl file with "key" (or "file_name") and columns for each sample: "captions" or "text" replace
+            its captions, other columns of words or whole numbers become labels.
+
+    Raises:
+        ConfigError: nothing there, no pictures in it, or an annotation file that cannot be read.
+    """
+    if data == "scenes" or data.startswith("scenes:"):
+        if annotations is not None:
+            raise ConfigError("scenes brings its own captions and labels; leave annotations out")
+        return SceneSource(data)
+    table = None if annotations is None else Table.load(Path(annotations), KEY_COLUMNS)
+    path = Path(data).expanduser()
+    if not _REMOTE.match(data) and path.is_dir():
+        tars = sorted(str(p) for p in path.glob("*.tar"))
+        return TarSource(data, tars, table) if tars else FolderSource(data, table)
+    return TarSource(data, _expand(data), table)
+
+
+def captioned(source: Source) -> bool:
+    """Whether any of the first samples has a caption."""
+    return any(raw.captions for raw in head(source, 100))
+
+
+def head(source: Source, n: int) -> Iterator[Raw]:
+    """The first `n` samples, in the order of the shards."""
+    for shard in source.shards:
+        for raw in source.read(shard):
+            yield raw
+            n -= 1
+            if n <= 0:
+                return
+
+
+@dataclass
+class Table:
+    """Captions and labels by key, from a jsonl file."""
+
+    path: Path
+    captions: dict[str, tuple[str, ...]]
+    labels: dict[str, dict[str, int]]
+    classes: dict[str, tuple[str, ...]]
+
+    @classmethod
+    def load(cls, path: Path, key_columns: Sequence[str]) -> Table:
+        """Read one JSON object a line. Class names are the sorted distinct values of a column."""
+        if not path.is_file():
+            raise ConfigError(f"no annotation file at {path}")
+        rows: dict[str, dict[str, Any]] = {}
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                key = next(row.pop(k) for k in key_columns if k in row)
+            except (json.JSONDecodeError, StopIteration, AttributeError) as error:
+                wanted = " or ".join(f'"{k}"' for k in key_columns)
+                raise ConfigError(f"{path}, line {number}: not a JSON object with {wanted} ({error})") from None
+            rows[str(key)] = row
+        values: dict[str, set[Any]] = {}
+        for row in rows.values():
+            for column, value in row.items():
+                if column not in CAPTION_COLUMNS and isinstance(value, str | int):
+                    values.setdefault(column, set()).add(str(value))
+        classes = {column: tuple(sorted(names)) for column, names in values.items()}
+        index = {column: {name: i for i, name in enumerate(names)} for column, names in classes.items()}
+        return cls(
+            path,
+            {key: _captions(row) for key, row in rows.items()},
+            {
+                key: {c: index[c][str(v)] for c, v in row.items() if c in index and isinstance(v, str | int)}
+                for key, row in rows.items()
+            },
+            classes,
+        )
+
+    def find(self, key: str) -> str | None:
+        """The row of a sample: by its whole key, or by its last part with or without the suffix."""
+        for candidate in (key, key.rsplit("/", 1)[-1], key.rsplit(".", 1)[0], Path(key).stem):
+            if candidate in self.labels:
+                return candidate
+        return None
+
+
+def _captions(row: Mapping[str, Any]) -> tuple[str, ...]:
+    for column in CAPTION_COLUMNS:
+        value = row.get(column)
+        if value is not None:
+            texts = value if isinstance(value, list) else [value]
+            return tuple(t.strip() for t in texts if isinstance(t, str) and t.strip())
+    return ()
+
+
+# --- the three sources ---
+
+
+@dataclass
+class SceneSource:
+    """The embedded set; a shard is an index."""
+
+    name: str
+    random_access: bool = True
+    report: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        if self.name not in ("scenes", "scenes:test"):
+            raise ConfigError(f"data={self.name}: the embedded set is 'scenes', its held-out part 'scenes:test'")
+        self.shards: Sequence[int] = scenes.TEST if self.name == "scenes:test" else scenes.TRAIN
+        self.classes = dict(scenes.CLASSES)
+        self.templates = dict(scenes.TEMPLATES)
+
+    def read(self, shard: int, size: int | None = None) -> Iterator[Raw]:
+        self.report["samples"] += 1
+        image, caption, labels = scenes.draw(shard, 64 if size is None else size)
+        yield Raw(f"scene_{shard:07d}", image, (caption,), labels)
+
+
+@dataclass
+class FolderSource:
+    """Files in folders; a shard is the number of one file in the sorted list."""
+
+    name: str
+    table: Table | None = None
+    random_access: bool = True
+    report: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        root = Path(self.name).expanduser()
+        metadata = root / "metadata.jsonl"
+        if self.table is None and metadata.is_file():
+            self.table = Table.load(metadata, ("file_name",))
+        listed = self.table is not None and self.table.path == metadata
+        # A metadata file says which files belong to the set; one that is missing is then a broken sample.
+        self.files = sorted(self.table.labels) if listed and self.table is not None else sorted(_images(root))
+        if not self.files:
+            raise ConfigError(
+                f"no pictures in {root}: it should hold class folders, a metadata.jsonl with its pictures, "
+                f"tar shards, or files ending in {', '.join(IMAGE_SUFFIXES)}"
+            )
+        self.shards: Sequence[int] = range(len(self.files))
+        folders = sorted({f.split("/", 1)[0] for f in self.files if "/" in f}) if not listed else []
+        self._folders = Folders.named(folders, root / "classes.json")
+        self.classes = ({} if self.table is None else self.table.classes) | self._folders.classes
+        self.templates: dict[str, tuple[str, ...]] = {label: CLASS_TEMPLATES for label in self.classes}
+
+    def read(self, shard: int, size: int | None = None) -> Iterator[Raw]:
+        key = self.files[shard]
+        self.report["samples"] += 1
+        try:
+            image = (Path(self.name).expanduser() / key).read_bytes()
+        except OSError:
+            self.report["unreadable file"] += 1
+            return
+        folder = key.split("/", 1)[0] if "/" in key else None
+        yield _sample(key, image, (), {}, folder, self._folders, self.table)
+
+
+@dataclass
+class TarSource:
+    """Tar shards, opened and read by webdataset."""
+
+    name: str
+    shards: Sequence[str]
+    table: Table | None = None
+    random_access: bool = False
+    report: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        first = next((m for shard in self.shards for m in _members(shard, Counter()) if m.keys() & _SUFFIXES), None)
+        if first is None:
+            raise ConfigError(
+                f"no pictures in {self.name}: its shards should hold KEY.jpg|png|webp with KEY.txt|json|cls"
+            )
+        beside = None if _REMOTE.match(self.shards[0]) else Path(self.shards[0]).parent / "classes.json"
+        folders: Iterable[str] = ()
+        if self.table is None and not {"txt", "json", "cls"} & first.keys() and "/" in first["__key__"]:
+            folders = _scan(self.shards, beside, lambda name, _: name.split("/")[-2] if "/" in name else None)
+        self._folders = Folders.named(sorted(set(folders)), beside)
+        classes = {} if self.table is None else dict(self.table.classes)
+        if "cls" in first and "class" not in classes:
+            numbers = _scan(self.shards, beside, lambda name, text: text().strip() if name.endswith(".cls") else None)
+            top = max((int(n) for n in numbers), default=-1)
+            classes["class"] = self._folders.classes.get("class", tuple(str(i) for i in range(top + 1)))
+        self.classes = classes | self._folders.classes
+        self.templates: dict[str, tuple[str, ...]] = {label: CLASS_TEMPLATES for label in self.classes}
+
+    def read(self, shard: str, size: int | None = None) -> Iterator[Raw]:
+        for member in _members(shard, self.report):
+            self.report["samples"] += 1
+            image = next((member[s] for s in IMAGE_SUFFIXES if s in member), None)
+            if image is None:
+                self.report["no picture"] += 1
+                continue
+            captions: tuple[str, ...] = ()
+            if "txt" in member:
+                captions = _captions({"text": member["txt"].decode("utf-8", errors="replace")})
+            elif "json" in member:
+                captions = _json_captions(member["json"], self.report)
+            labels = {}
+            if "cls" in member and member["cls"].strip().isdigit():
+                labels["class"] = int(member["cls"])
+            key = member["__key__"]
+            folder = key.split("/")[-2] if "/" in key else None
+            yield _sample(key, image, captions, labels, folder, self._folders, self.table)
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Class folders in the order of their labels."""
+
+    index: dict[str, int]
+    classes: dict[str, tuple[str, ...]]  # {"class": names}, or nothing where there are no classes
+
+    @classmethod
+    def named(cls, folders: Sequence[str], names: Path | None) -> Folders:
+        """Number the folders, in sorted order or as classes.json lists them, which also names them."""
+        display = {f: f.replace("_", " ") for f in folders}
+        if names is not None and names.is_file():
+            try:
+                listed = {row["wnid"]: row["names"][0] for row in json.loads(names.read_text())}
+            except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+                raise ConfigError(f'{names} is not a list of {{"wnid": ..., "names": [...]}} ({error!r})') from None
+            unknown = [f for f in folders if f not in listed]
+            if unknown:
+                raise ConfigError(f"{names} does not name the class {unknown[0]}; add it or remove the file")
+            display = listed
+        return cls({f: i for i, f in enumerate(display)}, {"class": tuple(display.values())} if display else {})
+
+
+def _sample(
+    key: str,
+    image: bytes,
+    captions: tuple[str, ...],
+    labels: dict[str, int],
+    folder: str | None,
+    folders: Folders,
+    table: Table | None,
+) -> Raw:
+    """Put together what the sample itself, its folder and the annotations say. A class becomes captions if need be."""
+    if folder is not None and folder in folders.index:
+        labels = labels | {"class": folders.index[folder]}
+    row = None if table is None else table.find(key)
+    if table is not None and row is not None:
+        captions, labels = table.captions[row] or captions, labels | table.labels[row]
+    if not captions and "class" in labels and folders.classes:
+        captions = tuple(t.format(folders.classes["class"][labels["class"]]) for t in CLASS_TEMPLATES)
+    return Raw(key, image, captions, labels)
+
+
+def _images(root: Path) -> Iterator[str]:
+    """Relative paths of the picture files under a folder; hidden files are none of them."""
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders[:] = [s for s in subfolders if not s.startswith(".")]
+        for name in files:
+            if name.lower().endswith(tuple(f".{s}" for s in IMAGE_SUFFIXES)) and not name.startswith("."):
+                yield (Path(folder) / name).relative_to(root).as_posix()
+
+
+def _expand(data: str) -> list[str]:
+    """Tar shards that a string of braces, globs and schemes stands for, in order.
+
+    Raises:
+        ConfigError: a local shard that is not there.
+    """
+    from webdataset.shardlists import expand_urls
+
+    shards: list[str] = []
+    for url in expand_urls(data):
+        if _REMOTE.match(url):
+            shards.append(url)
+            continue
+        local = os.path.expanduser(url)
+        found = sorted(glob.glob(local)) if glob.has_magic(local) and not os.path.exists(local) else [local]
+        if not found or not os.path.isfile(found[0]):
+            raise ConfigError(
+                f"no data at {data}"
+                + (f" ({local} is missing)" if local != data else "")
+                + "; give a folder, tar shards such as 'path/{000..099}.tar', or scenes"
+            )
+        shards += found
+    if not _REMOTE.match(shards[0]) and not any(tarfile.is_tarfile(s) for s in shards if os.path.getsize(s)):
+        raise ConfigError(f"{shards[0]} is not a tar shard; data is a folder, tar shards, or scenes")
+    return shards
+
+
+def _members(shard: str, report: Counter[str]) -> Iterator[dict[str, Any]]:
+    """Samples of a tar as webdataset groups them: {"__key__", suffix: bytes}. A broken shard ends early, counted."""
+    from webdataset.gopen import gopen
+    from webdataset.tariterators import group_by_keys, tar_file_iterator
+
+    try:
+        with gopen(shard) as stream:
+            files = ({**file, "__url__": shard} for file in tar_file_iterator(stream))
+            yield from group_by_keys(files, handler=_skip_duplicates(report))
+    except (tarfile.TarError, OSError, EOFError):
+        report["broken shard"] += 1
+
+
+def _skip_duplicates(report: Counter[str]) -> Any:
+    def handler(error: Exception) -> bool:
+        if not isinstance(error, ValueError):  # anything but a file name that is there twice
+            raise error
+        report["duplicate file"] += 1
+        return True
+
+    return handler
+
+
+def _scan(shards: Sequence[str], names: Path | None, found: Any) -> Iterator[str]:
+    """What `found(member name, text reader)` says of each member of local shards; nothing where classes are listed.
+
+    Only the headers are read, but for members whose text is asked for.
+    """
+    if (names is not None and names.is_file()) or _REMOTE.match(shards[0]):
+        return
+    for shard in shards:
+        try:
+            with tarfile.open(shard) as tar:
+                for info in tar:
+                    value = found(info.name, lambda info=info, tar=tar: tar.extractfile(info).read().decode())
+                    if value is not None:
+                        yield value
+        except tarfile.TarError:
+            continue  # counted when the shard is read for its samples
+
+
+def _json_captions(data: bytes, report: Counter[str]) -> tuple[str, ...]:
+    try:
+        row = json.loads(data)
+    except ValueError:
+        report["broken json"] += 1
+        return ()
+    return _captions(row) if isinstance(row, dict) else ()
+
+
+def counts(source: Source, label: str) -> np.ndarray:
+    """How many samples of a source each class of a label has, [classes] int64.
+
+    Where labels come from an annotation file the counts are of the whole file, so that all splits of a set agree;
+    those of the embedded set are of its first 10,000 pictures.
+    """
+    table = getattr(source, "table", None)
+    if table is not None and label in table.classes:
+        found: Iterable[dict[str, int]] = table.labels.values()
+    else:
+        shards = source.shards[:10_000] if isinstance(source, SceneSource) else source.shards  # drawn alike for ever
+        found = (raw.labels for shard in shards for raw in source.read(shard, 16))
+    total = Counter(labels[label] for labels in found if label in labels)
+    return np.array([total[i] for i in range(len(source.classes[label]))], np.int64)

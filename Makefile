@@ -40,7 +40,7 @@ lint: $(READY)
 	$(BIN)/pytest tests/test_architecture.py
 
 docs: $(READY)
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

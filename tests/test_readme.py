@@ -1,0 +1,31 @@
+"""The README's Python runs as it stands, on a tokenizer of the smallest size."""
+
+import re
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from vtp.models.config import DecoderConfig, ModelConfig, TextConfig, ViTConfig
+from vtp.models.vtp_hf import VTPConfig, VTPModel
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+
+
+def test_ten_lines(tmp_path, monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (folder,) = re.findall(r'from_pretrained\("(.+?)"\)', code)
+    (photo,) = re.findall(r'Image.open\("(.+?)"\)', code)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    tiny = ModelConfig(
+        image_size=16,
+        vision=ViTConfig(patch_size=8, embed_dim=16, depth=1, num_heads=2, feature_bottleneck=4),
+        text=TextConfig(context_length=8, embed_dim=16, depth=1, num_heads=2),
+        decoder=DecoderConfig(embed_dim=16, depth=1, num_heads=2),
+    )
+    VTPModel(VTPConfig.from_model_config(tiny)).save_pretrained(folder)
+    Image.new("RGB", (40, 30), "red").save(photo)
+    exec(compile(code, "README.md", "exec"), {})
+    assert Image.open("reconstruction.png").size == (16, 16)
+    assert re.match(r"tensor\(\[\[-?\d\.\d+, +-?\d\.\d+\]\]\)", capsys.readouterr().out)

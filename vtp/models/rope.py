@@ -44,7 +44,7 @@ def _signed_tables(
     sin = torch.cat([-sin[:, : head_dim // 2], sin[:, head_dim // 2 :]], dim=1)
     cos = torch.cat([cos.new_ones(prefix, head_dim), cos])
     sin = torch.cat([sin.new_zeros(prefix, head_dim), sin])
-    return cos[:, None, None], sin[:, None, None]  # [prefix + n, 1, 1, h]
+    return cos, sin  # [prefix + n, h]
 
 
 @functools.lru_cache(maxsize=64)
@@ -53,9 +53,7 @@ def _cached_tables(*key: Any) -> tuple[Tensor, Tensor]:
         return _signed_tables(*key)
 
 
-def rotate(
-    x: Float[Tensor, "b t m heads h"], cos: Float[Tensor, "t 1 1 h"], sin: Float[Tensor, "t 1 1 h"]
-) -> Float[Tensor, "b t m heads h"]:
+def rotate(x: Float[Tensor, "*b t h"], cos: Float[Tensor, "t h"], sin: Float[Tensor, "t h"]) -> Float[Tensor, "*b t h"]:
     """Rotate queries and keys in the dtype of the tables (so a float32 query keeps bf16 precision, as published)."""
     y = x.to(cos.dtype)
     return (y * cos + y.roll(y.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
@@ -87,7 +85,7 @@ class RopeEmbed(nn.Module):
 
     def forward(
         self, grid: tuple[int, int], prefix: int, device: torch.device
-    ) -> tuple[Float[Tensor, "t 1 1 h"], Float[Tensor, "t 1 1 h"]]:
+    ) -> tuple[Float[Tensor, "t h"], Float[Tensor, "t h"]]:
         """Tables of `prefix` unrotated tokens and then the patches of the grid, for `rotate`."""
         key = (self.head_dim, grid, prefix, self.dtype, device)
         return _signed_tables(*key) if torch.compiler.is_compiling() else _cached_tables(*key)

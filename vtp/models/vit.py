@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -24,21 +23,14 @@ class Tokens(NamedTuple):
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches, projected: a convolution with stride = kernel, computed as one matrix product."""
+    """Non-overlapping patches, each projected to one token."""
 
     def __init__(self, patch_size: int, embed_dim: int) -> None:
         super().__init__()
-        self.patch_size = patch_size
         self.proj = nn.Conv2d(3, embed_dim, patch_size, patch_size)
 
-    def forward(self, images: Float[Tensor, "b 3 H W"]) -> tuple[Float[Tensor, "b n d"], tuple[int, int]]:
-        p = self.patch_size
-        rows, columns = images.shape[2] // p, images.shape[3] // p
-        if rows == 0 or columns == 0:
-            raise ValueError(f"images of {tuple(images.shape[2:])} pixels hold no whole patch of {p} x {p}")
-        x = images[:, :, : rows * p, : columns * p].unflatten(3, (columns, p)).unflatten(2, (rows, p))
-        x = x.permute(0, 2, 4, 1, 3, 5).reshape(len(images), rows * columns, -1)  # [b, n, 3 p p]
-        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias), (rows, columns)
+    def forward(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b d h w"]:
+        return self.proj(images)
 
 
 class ViT(nn.Module):
@@ -50,6 +42,7 @@ class ViT(nn.Module):
     def __init__(self, cfg: ViTConfig, rope_dtype: str = "bf16") -> None:
         super().__init__()
         dim = cfg.embed_dim
+        self.patch_size = cfg.patch_size
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.mask_token = nn.Parameter(torch.empty(1, dim))
         self.patch_embed = PatchEmbed(cfg.patch_size, dim)
@@ -118,7 +111,12 @@ class ViT(nn.Module):
     def _embed(
         self, images: Float[Tensor, "b 3 H W"], masks: Bool[Tensor, "b n"] | None
     ) -> tuple[Float[Tensor, "b t d"], tuple[int, int]]:
-        x, grid = self.patch_embed(images)
+        if min(images.shape[2:]) < self.patch_size:
+            p = self.patch_size
+            raise ValueError(f"images of {tuple(images.shape[2:])} pixels hold no whole patch of {p} x {p}")
+        x = self.patch_embed(images)
+        grid = (x.shape[2], x.shape[3])
+        x = x.flatten(2).mT  # [b, n, d]
         cls: Tensor = self.cls_token
         if masks is not None:
             x = torch.where(masks[..., None], self.mask_token.to(x.dtype), x)

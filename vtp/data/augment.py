@@ -148,7 +148,7 @@ def jitter_matrices(
 
 def _hue(turns: Float[Tensor, " n"]) -> Float[Tensor, "n 3 3"]:
     """Rotation of I and Q around the luma axis."""
-    angle = 2 * math.pi * turns
+    angle = -2 * math.pi * turns  # chroma turns against the order of HSV
     zero, one, c, s = torch.zeros_like(angle), torch.ones_like(angle), angle.cos(), angle.sin()
     rotation = torch.stack((one, zero, zero, zero, c, -s, zero, s, c), 1).view(-1, 3, 3)
     return torch.linalg.inv(_YIQ) @ rotation @ _YIQ

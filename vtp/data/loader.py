@@ -260,8 +260,9 @@ class _Batches(IterableDataset[Batch]):
             rng = np.random.default_rng([self.seed, _BATCH, self.rank, worker, k])
             drawn = list(itertools.islice(samples, self.batch.pairs))
             cursor = drawn[-1][2]._replace(batches=k + 1)
-            clip, ssl, rec = build([d[0] for d in drawn], [d[1] for d in drawn], self, rng)
-            yield Batch(clip, ssl, rec, cursor, dict(self.source.report))
+            raws, images, _ = (list(column) for column in zip(*drawn, strict=True))
+            parts = build(raws, images, self.views, self.batch, self.tokenizer, self.patch_size, rng)
+            yield Batch(*parts, cursor, dict(self.source.report))
 
     def _usable(self, cursor: Cursor) -> Iterator[tuple[Raw, ndarray, Cursor]]:
         report = self.source.report
@@ -336,17 +337,22 @@ def _epoch(
 
 
 def build(
-    raws: Sequence[Raw], images: list[ndarray], dataset: _Batches, rng: np.random.Generator
+    raws: Sequence[Raw],
+    images: list[ndarray],
+    views: ViewsConfig,
+    batch: BatchConfig,
+    tokenizer: Tokenizer | None,
+    patch_size: int,
+    rng: np.random.Generator,
 ) -> tuple[ClipBatch | None, SSLBatch | None, RecBatch | None]:
     """The views of one draw of pairs."""
-    views, batch = dataset.views, dataset.batch
     clip, ssl, rec = None, None, None
     if batch.clip:
         rows = _draw(len(images), batch.clip, rng)
         pictures = make([images[i] for i in rows], views.size, views.scale, views.flip, rng)[0]
         texts = [raws[i].captions[int(rng.integers(len(raws[i].captions)))] for i in rows]
-        assert dataset.tokenizer is not None
-        clip = ClipBatch(pictures, cut(dataset.tokenizer(texts)))
+        assert tokenizer is not None
+        clip = ClipBatch(pictures, cut(tokenizer(texts)))
     if batch.rec and clip is not None and views.share:
         rec = RecBatch(clip.images[:0], torch.from_numpy(_draw(batch.clip, batch.rec, rng)))
     elif batch.rec:
@@ -357,7 +363,7 @@ def build(
         chosen = [images[i] for i in _draw(len(images), batch.ssl, rng)]
         global_crops = make(chosen, views.global_size, views.global_scale, views.ssl_flip, rng, 2)
         local_crops = make(chosen, views.local_size, views.local_scale, views.ssl_flip, rng, views.local_crops)
-        side = views.global_size // dataset.patch_size
+        side = views.global_size // patch_size
         masks = block_masks(2 * batch.ssl, (side, side), views.mask_probability, views.mask_ratio, rng)
         indices, weights = (torch.from_numpy(a) for a in targets(masks))
         masks_ = torch.from_numpy(masks).view(2, batch.ssl, side * side)

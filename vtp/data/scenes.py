@@ -233,7 +233,7 @@ def _background(size: int, ground: int, right: float, down: float) -> Float[ndar
 
 def _paint_inside(canvas: ndarray, mask: tuple[ndarray, ndarray], colour: int, u: _Draws) -> None:
     half_h, half_w = (n / 2 / len(canvas) for n in mask[0].shape[:2])
-    x, y = (0.5 + u.between(-1, 1) * max(0.0, 0.5 - half) for half in (half_w, half_h))
+    x, y = (0.5 + u.between(-1.0, 1.0) * max(0.0, 0.5 - half) for half in (half_w, half_h))
     _paint(canvas, mask, colour, 0, x, y, u)
 
 
@@ -292,19 +292,21 @@ def _outline(name: str) -> list[tuple[float, float]]:
     if name == "square":
         return [(0.06, 0.06), (0.94, 0.06), (0.94, 0.94), (0.06, 0.94)]
     if name == "triangle":
-        return [(0.5, 0.03), (1, 0.95), (0, 0.95)]
+        return [(0.5, 0.03), (1.0, 0.95), (0.0, 0.95)]
     if name == "diamond":
-        return [(0.5, 0), (0.88, 0.5), (0.5, 1), (0.12, 0.5)]
+        return [(0.5, 0.0), (0.88, 0.5), (0.5, 1.0), (0.12, 0.5)]
     if name == "cross":
-        a, b = 0.33, 0.67
-        return [(a, 0), (b, 0), (b, a), (1, a), (1, b), (b, b), (b, 1), (a, 1), (a, b), (0, b), (0, a), (a, a)]
+        o, a, b, e = 0.0, 0.33, 0.67, 1.0
+        return [(a, o), (b, o), (b, a), (e, a), (e, b), (b, b), (b, e), (a, e), (a, b), (o, b), (o, a), (a, a)]
     if name == "star":
-        turns = np.arange(10) * np.pi / 5
+        t = np.arange(10) * np.pi / 5
         radius = np.where(np.arange(10) % 2, 0.21, 0.52)
-        return list(zip(0.5 + radius * np.sin(turns), 0.53 - radius * np.cos(turns), strict=True))
-    t = np.linspace(0, 2 * np.pi, 100)  # heart
-    x, y = 16 * np.sin(t) ** 3, 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    return list(zip(0.5 + x / 33, 0.46 - y / 33, strict=True))
+        x, y = 0.5 + radius * np.sin(t), 0.53 - radius * np.cos(t)
+    else:  # heart
+        t = np.linspace(0, 2 * np.pi, 100)
+        x = 0.5 + np.sin(t) ** 3 * 16 / 33
+        y = 0.46 - (13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) / 33
+    return list(zip(x.tolist(), y.tolist(), strict=True))
 
 
 @lru_cache(maxsize=4096)

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy import ndarray
@@ -46,6 +46,7 @@ class Raw(NamedTuple):
     labels: dict[str, int]  # indices into Source.classes; a label that does not apply is absent
 
 
+@runtime_checkable
 class Source(Protocol):
     """Samples in shards. Reading is sequential within a shard and pure: the same shard gives the same samples.
 
@@ -366,10 +367,25 @@ def _members(shard: str, report: Counter[str]) -> Iterator[dict[str, Any]]:
 
     try:
         with gopen(shard) as stream:
-            files = ({**file, "__url__": shard} for file in tar_file_iterator(stream))
+            tail = _Tail(stream)
+            files = ({**file, "__url__": shard} for file in tar_file_iterator(tail))
             yield from group_by_keys(files, handler=_skip_duplicates(report))
+        if tail.last.strip(b"\0"):
+            raise tarfile.ReadError("no end mark")
     except (tarfile.TarError, OSError, EOFError):
         report["broken shard"] += 1
+
+
+class _Tail:
+    """A stream that remembers its last block: tarfile takes a shard cut within a header for a whole one."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self.last = stream, b""
+
+    def read(self, n: int = -1) -> bytes:
+        data = self._stream.read(n)
+        self.last = data[-512:] or self.last
+        return data
 
 
 def _skip_duplicates(report: Counter[str]) -> Any:

@@ -6,6 +6,7 @@ A picture is decoded once; a crop is read from it and resized in one call, antia
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,7 +112,7 @@ def crop_boxes(sizes: Int[ndarray, "n 2"], scale: tuple[float, float], rng: np.r
 
 
 def resized_crop(
-    image: UInt8[ndarray, "h w 3"], box: tuple[int, int, int, int], size: int, flip: bool = False
+    image: UInt8[ndarray, "h w 3"], box: Sequence[int], size: int, flip: bool = False
 ) -> UInt8[Tensor, "size size 3"]:
     """The box (top, left, height, width) of a picture at size x size pixels, mirrored if `flip`."""
     top, left, height, width = box

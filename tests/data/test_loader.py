@@ -1,0 +1,320 @@
+import io
+import itertools
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.data.test_sources import picture, write_tar
+from vtp.config import ConfigError
+from vtp.data.loader import (
+    Cursor,
+    Loader,
+    captioned_batches,
+    class_names,
+    cut,
+    image_batches,
+    labelled_batches,
+    positions,
+)
+from vtp.data.sources import open_source
+from vtp.data.views import BatchConfig, ViewsConfig
+from vtp.images import center_crop, normalise
+
+VIEWS = ViewsConfig(size=16, global_size=16, local_size=8, local_crops=2)
+
+
+def tokenizer(texts):
+    """Lengths of words, an end token, zeros."""
+    rows = torch.zeros(len(texts), 24, dtype=torch.int64)
+    for row, text in zip(rows, texts, strict=True):
+        words = [len(word) for word in text.split()][:23]
+        row[: len(words) + 1] = torch.tensor([*words, 99])
+    return rows
+
+
+def loader(source, batch=BatchConfig(clip=6, ssl=3, rec=2), views=VIEWS, **options):  # noqa: B008
+    return Loader(source, views, batch, tokenizer, patch_size=8, **options)
+
+
+def tensors(batch):
+    parts = [part for part in (batch.clip, batch.ssl, batch.rec) if part is not None]
+    return [t for part in parts for t in part if t is not None]
+
+
+def assert_same(a, b):
+    for x, y in zip(tensors(a), tensors(b), strict=True):
+        assert torch.equal(x, y)
+    assert a.cursor == b.cursor
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Ten shards of seven captioned pictures."""
+    for s in range(10):
+        members = [
+            (f"{s}_{i}.{e}", d) for i in range(7) for e, d in (("jpg", picture(i)), ("txt", b"%d of %d" % (i, s)))
+        ]
+        write_tar(tmp_path / f"{s}.tar", members)
+    return open_source(str(tmp_path))
+
+
+def test_shapes_and_contents():
+    batch = next(loader(open_source("scenes")))
+    assert batch.clip.images.shape == (6, 3, 16, 16) and batch.clip.images.dtype == torch.uint8
+    assert batch.clip.tokens.shape[0] == 6 and (batch.clip.tokens[:, -1] != 0).any()
+    assert batch.ssl.global_crops.shape == (2, 3, 3, 16, 16) and batch.ssl.local_crops.shape == (2, 3, 3, 8, 8)
+    assert batch.ssl.masks.shape == (2, 3, 4) and batch.ssl.masks.flatten()[batch.ssl.mask_indices].all()
+    assert len(batch.ssl.mask_indices) == batch.ssl.masks.sum()
+    assert len(batch.rec.rows) == 2 and len(batch.rec.images) == 0 and batch.rec.rows.max() < 6
+    assert batch.report == {"samples": 6}
+
+
+def test_shapes_are_static_but_for_the_captions_length():
+    shapes = {tuple(t.shape for t in tensors(b)[2:]) for b in itertools.islice(loader(open_source("scenes")), 20)}
+    assert len(shapes) == 1
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 2), (6, 0, 2), (6, 3, 0), (0, 0, 2), (0, 4, 0), (2, 0, 0)])
+def test_views_that_no_objective_asks_for_are_not_made(sizes):
+    clip, ssl, rec = sizes
+    batch = next(loader(open_source("scenes"), BatchConfig(clip=clip, ssl=ssl, rec=rec)))
+    assert [part is None for part in batch[:3]] == [n == 0 for n in sizes]
+    assert batch.report["samples"] == max(sizes)
+    if rec and not clip:
+        assert batch.rec.rows is None and batch.rec.images.shape == (rec, 3, 16, 16)
+
+
+def test_captions_are_not_needed_without_the_clip_objective(tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.jpg").write_bytes(picture(i))
+    source = open_source(str(tmp_path))
+    batch = next(Loader(source, VIEWS, BatchConfig(clip=0, ssl=2, rec=2), None, patch_size=8))
+    assert batch.clip is None
+    with pytest.raises(ConfigError, match=f"{tmp_path} has no captions.*metadata.jsonl.*weights.clip=0"):
+        loader(source)
+
+
+def test_a_reconstruction_view_of_its_own():
+    views = ViewsConfig(size=16, global_size=16, local_size=8, share=False, rec_scale=(0.3, 0.5))
+    batch = next(loader(open_source("scenes"), views=views))
+    assert batch.rec.rows is None and batch.rec.images.shape == (2, 3, 16, 16)
+
+
+def test_the_smaller_batches_are_a_random_choice_of_the_pairs():
+    chosen = Counter()
+    for batch in itertools.islice(loader(open_source("scenes"), BatchConfig(clip=8, ssl=0, rec=2)), 200):
+        assert len(set(batch.rec.rows.tolist())) == 2
+        chosen.update(batch.rec.rows.tolist())
+    assert min(chosen.values()) > 25 and len(chosen) == 8
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("data", ["scenes", "shards"])
+def test_a_resumed_stream_is_bit_identical_to_an_uninterrupted_one(request, workers, data):
+    source = open_source("scenes") if data == "scenes" else request.getfixturevalue("shards")
+    whole = list(itertools.islice(loader(source, workers=workers, shuffle=9), 25))
+    for stop in (1, 7, 12):
+        first = loader(source, workers=workers, shuffle=9)
+        for batch in whole[:stop]:
+            assert_same(next(first), batch)
+        state = json.loads(json.dumps(first.state_dict()))  # plain numbers
+        first.close()
+        second = loader(source, workers=workers, shuffle=9)
+        second.load_state_dict(state)
+        for batch in whole[stop:]:
+            assert_same(next(second), batch)
+        second.close()
+
+
+def test_going_back_in_the_same_loader():
+    stream = loader(open_source("scenes"))
+    first = next(stream)
+    state = stream.state_dict()
+    second, _ = next(stream), next(stream)
+    stream.load_state_dict(state)
+    assert_same(next(stream), second)
+    assert not torch.equal(first.clip.images, second.clip.images)
+
+
+def test_workers_and_seeds_draw_differently():
+    ones = [next(loader(open_source("scenes"), seed=seed)) for seed in (0, 1)]
+    assert not torch.equal(ones[0].clip.images, ones[1].clip.images)
+    two = loader(open_source("scenes"), workers=2)
+    assert not torch.equal(next(two).ssl.masks, next(two).ssl.masks)
+    two.close()
+
+
+def test_a_position_of_another_run_is_refused():
+    source = open_source("scenes")
+    with pytest.raises(ConfigError, match="'workers': 1.*'workers': 2"):
+        loader(source, workers=2).load_state_dict(loader(source).state_dict())
+    with pytest.raises(ConfigError, match="'seed': 0.*'seed': 1"):
+        loader(source, seed=1).load_state_dict(loader(source).state_dict())
+
+
+def keys_of_epoch(source, stream, streams, epoch, block=5):
+    samples = positions(source, 16, 0, stream, streams, block, Cursor(0, epoch=epoch))
+    return [raw.key for raw, cursor in itertools.takewhile(lambda s: s[1].epoch == epoch, samples)]
+
+
+@pytest.mark.parametrize("streams", [1, 2, 3, 7])
+def test_an_epoch_has_every_sample_once_over_all_streams(shards, streams):
+    epochs = [[keys_of_epoch(shards, s, streams, epoch) for s in range(streams)] for epoch in (0, 1)]
+    for epoch in epochs:
+        assert sorted(itertools.chain(*epoch)) == sorted(f"{s}_{i}" for s in range(10) for i in range(7))
+        lengths = [len(keys) for keys in epoch]
+        assert max(lengths) - min(lengths) <= 7
+    assert epochs[0] != epochs[1]
+
+
+def test_files_are_shuffled_completely_and_split(tmp_path):
+    for i in range(40):
+        (tmp_path / f"{i:02d}.jpg").write_bytes(picture(i))
+    source = open_source(str(tmp_path))
+    parts = [keys_of_epoch(source, s, 3, 0) for s in range(3)]
+    assert sorted(itertools.chain(*parts)) == [f"{i:02d}.jpg" for i in range(40)]
+    assert parts[0] != sorted(parts[0])
+    assert np.abs(np.diff([int(k[:2]) for k in parts[0]])).mean() > 5
+
+
+def test_samples_are_shuffled_within_blocks(shards):
+    keys = keys_of_epoch(shards, 0, 1, 0, block=70)
+    assert sum(a[0] != b[0] for a, b in itertools.pairwise(keys)) > 45  # neighbours come from different shards
+
+
+def test_broken_samples_are_skipped_counted_and_reported(tmp_path):
+    for i in range(30):
+        data = picture(i)
+        (tmp_path / f"{i}.jpg").write_bytes(data[: len(data) // 3] if i % 10 == 0 else b"" if i % 10 == 1 else data)
+    rows = [{"file_name": f"{i}.jpg", "text": "" if i % 10 == 2 else f"number {i}"} for i in range(30)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    stream = loader(open_source(str(tmp_path)), BatchConfig(clip=7, ssl=0, rec=0))
+    for _ in range(3):  # 21 good ones: an epoch
+        next(stream)
+    assert stream.report["empty file"] == stream.report["no caption"] == 3
+    assert stream.report["corrupt image"] + stream.report["not an image"] == 3
+    assert stream.report["samples"] == 30
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_stops_when_too_much_is_broken(tmp_path, workers):
+    for i in range(100):
+        (tmp_path / f"{i:02d}.jpg").write_bytes(picture(i) if i % 4 == 0 else b"")
+    rows = [{"file_name": f"{i:02d}.jpg", "text": "t"} for i in range(100)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    stream = loader(open_source(str(tmp_path)), workers=workers)
+    with pytest.raises(ValueError, match="empty file.*max_broken=0.5"):
+        for _ in range(50):
+            next(stream)
+    patient = loader(open_source(str(tmp_path)), workers=workers, max_broken=0.9)
+    for _ in range(20):
+        next(patient)
+    patient.close()
+
+
+def test_data_of_which_nothing_can_be_read_is_refused_at_once(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"nonsense")
+    with pytest.raises(ConfigError, match="none of the first pictures can be read"):
+        loader(open_source(str(tmp_path)), BatchConfig(clip=0, ssl=0, rec=2))
+
+
+def test_fewer_pictures_than_processes_is_refused(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(picture(0))
+    with pytest.raises(ConfigError, match="1 pictures for 2"):
+        loader(open_source(str(tmp_path)), BatchConfig(clip=0, ssl=0, rec=2), workers=2)
+
+
+def test_one_of_several_captions_is_drawn(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(picture(0))
+    row = {"file_name": "a.jpg", "text": ["a", "bb", "ccc"]}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    stream = loader(open_source(str(tmp_path)), BatchConfig(clip=60, ssl=0, rec=0))
+    first = Counter(next(stream).clip.tokens[:, 0].tolist())
+    assert first.keys() == {1, 2, 3} and min(first.values()) > 8
+
+
+def test_cutting_keeps_what_any_caption_needs():
+    tokens = torch.tensor([[5, 0, 9, 0, 0], [5, 9, 0, 0, 0]])  # 0 is also a word: "!"
+    assert cut(tokens).tolist() == [[5, 0, 9], [5, 9, 0]]
+
+
+def test_sizes_are_checked_before_anything_is_read():
+    with pytest.raises(ConfigError, match="views.size=20 is not a multiple of the patch size 8"):
+        loader(open_source("scenes"), views=ViewsConfig(size=20))
+
+
+# --- evaluation passes ---
+
+
+def class_folder(root):
+    for i in range(9):
+        folder = root / ("a", "a", "b", "c", "c", "c")[i % 6]
+        folder.mkdir(exist_ok=True)
+        pixels = np.full((20, 30, 3), i * 10, np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        (folder / f"{i}.png").write_bytes(buffer.getvalue())
+    return open_source(str(root))
+
+
+def test_labelled_batches_have_all_samples_in_order(tmp_path):
+    source = class_folder(tmp_path)
+    batches = list(labelled_batches(source, "class", 16, 4))
+    assert [len(labels) for _, labels in batches] == [4, 4, 1]
+    assert torch.cat([labels for _, labels in batches]).tolist() == [0, 0, 0, 0, 1, 1, 2, 2, 2]
+    images = torch.cat([images for images, _ in batches])
+    assert images.shape == (9, 3, 16, 16)
+    expected = normalise(torch.full((1, 3, 16, 16), 70, dtype=torch.uint8))
+    keys = [key for _, batch in image_batches(source, 16, 4) for key in batch]
+    torch.testing.assert_close(images[keys.index("a/7.png")], expected[0])
+
+
+def test_the_commonest_classes(tmp_path):
+    source = class_folder(tmp_path)
+    assert class_names(source, "class") == ("a", "b", "c") and class_names(source, "class", 2) == ("a", "c")
+    labels = torch.cat([labels for _, labels in labelled_batches(source, "class", 16, 4, top=2)])
+    assert labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    with pytest.raises(ConfigError, match="no label 'colour'.*class"):
+        class_names(source, "colour")
+
+
+def test_limits_spread_over_a_sorted_folder(tmp_path):
+    source = class_folder(tmp_path)
+    labels = torch.cat([labels for _, labels in labelled_batches(source, "class", 16, 4, limit=5)])
+    assert len(labels) == 5 and len(labels.unique()) > 1
+    ((images, keys),) = image_batches(source, 16, 8, limit=2)
+    assert len(images) == len(keys) == 2
+
+
+def test_squash_or_centre_crop(tmp_path):
+    pixels = np.zeros((16, 48, 3), np.uint8)
+    pixels[:, 16:32] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    source = open_source(str(tmp_path))
+    ((cropped, _),) = image_batches(source, 16, 1, resize=center_crop)
+    ((squashed, _),) = image_batches(source, 16, 1)
+    assert cropped.min() > 2 and squashed.min() < -1
+
+
+def test_broken_pictures_are_left_out_of_a_pass_and_counted(tmp_path):
+    source = class_folder(tmp_path)
+    (tmp_path / "b" / "0.png").write_bytes(b"nonsense")
+    source = open_source(str(tmp_path))
+    assert sum(len(labels) for _, labels in labelled_batches(source, "class", 16, 4)) == 9
+    assert source.report == {"samples": 10, "not an image": 1}
+
+
+def test_captioned_batches_of_scenes():
+    ((images, captions),) = itertools.islice(captioned_batches(open_source("scenes:test"), 16, 32), 1)
+    assert len(images) == len(captions) == 32 and all(len(c) == 1 for c in captions)
+
+
+def test_labelled_scenes():
+    source = open_source("scenes:test")
+    batches = list(labelled_batches(source, "letter", 32, 64, limit=150))
+    assert sum(len(labels) for _, labels in batches) == 150
+    assert class_names(source, "letter")[0] == "A"

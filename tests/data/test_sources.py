@@ -1,0 +1,247 @@
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vtp.config import ConfigError
+from vtp.data.scenes import CLASSES
+from vtp.data.sources import CLASS_TEMPLATES, Source, counts, open_source
+
+
+def picture(i, suffix="JPEG"):
+    buffer = io.BytesIO()
+    Image.new("RGB", (10 + i, 12), (i * 20 % 256, 100, 50)).save(buffer, suffix)
+    return buffer.getvalue()
+
+
+def write_tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def everything(source):
+    return [raw for shard in source.shards for raw in source.read(shard)]
+
+
+def test_class_folders(tmp_path):
+    for i in range(6):
+        folder = tmp_path / ("cat", "big_dog")[i % 2]
+        folder.mkdir(exist_ok=True)
+        (folder / f"{i}.{('jpg', 'PNG', 'webp')[i % 3]}").write_bytes(picture(i))
+    (tmp_path / "cat" / "notes.txt").write_text("no picture")
+    (tmp_path / "cat" / "._0.jpg").write_bytes(b"a file that another system leaves about")
+    source = open_source(str(tmp_path))
+    assert isinstance(source, Source) and source.random_access
+    assert source.classes == {"class": ("big dog", "cat")}
+    raws = everything(source)
+    assert [r.labels["class"] for r in raws] == [0, 0, 0, 1, 1, 1]
+    assert raws[3].key.startswith("cat/") and raws[3].image == picture(0)
+    assert raws[0].captions == tuple(t.format("big dog") for t in CLASS_TEMPLATES)
+    np.testing.assert_array_equal(counts(source, "class"), [3, 3])
+
+
+def test_classes_json_names_and_orders_class_folders(tmp_path):
+    for name in ("n1", "n2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.jpg").write_bytes(picture(0))
+    listed = [{"wnid": "n2", "names": ["newt", "Triturus"]}, {"wnid": "n1", "names": ["owl"]}]
+    (tmp_path / "classes.json").write_text(json.dumps(listed))
+    source = open_source(str(tmp_path))
+    assert source.classes["class"] == ("newt", "owl")
+    assert [r.labels["class"] for r in everything(source)] == [1, 0]
+    (tmp_path / "classes.json").write_text(json.dumps(listed[:1]))
+    with pytest.raises(ConfigError, match="classes.json does not name the class n1"):
+        open_source(str(tmp_path))
+    (tmp_path / "classes.json").write_text("{}[")
+    with pytest.raises(ConfigError, match="classes.json is not a list"):
+        open_source(str(tmp_path))
+
+
+def test_flat_folder_with_metadata(tmp_path):
+    rows = [
+        {"file_name": "a.jpg", "text": "a red car ", "kind": "car"},
+        {"file_name": "sub/b.jpg", "text": ["one bus", "a bus", ""], "kind": "bus"},
+        {"file_name": "c.jpg", "kind": None},
+        {"file_name": "gone.jpg", "text": "x"},
+    ]
+    (tmp_path / "sub").mkdir()
+    for i, name in enumerate(("a.jpg", "sub/b.jpg", "c.jpg", "unlisted.jpg")):
+        (tmp_path / name).write_bytes(picture(i))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    source = open_source(str(tmp_path))
+    raws = {r.key: r for r in everything(source)}
+    assert raws.keys() == {"a.jpg", "sub/b.jpg", "c.jpg"}
+    assert raws["a.jpg"].captions == ("a red car",) and raws["sub/b.jpg"].captions == ("one bus", "a bus")
+    assert raws["c.jpg"].captions == () and raws["c.jpg"].labels == {}
+    assert source.classes == {"kind": ("bus", "car")} and raws["a.jpg"].labels == {"kind": 1}
+    assert source.report == {"samples": 4, "unreadable file": 1}
+
+
+def test_pictures_without_anything(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(0, "PNG"))
+    (raw,) = everything(open_source(str(tmp_path)))
+    assert raw == ("a.png", picture(0, "PNG"), (), {})
+
+
+def test_tar_shards_with_captions_braces_globs_and_folders(tmp_path):
+    for s in range(3):
+        write_tar(
+            tmp_path / f"shard-{s:02d}.tar",
+            [
+                *(
+                    (f"{s}{i}.{e}", d)
+                    for i in range(2)
+                    for e, d in (("jpg", picture(i)), ("txt", f"café {s}{i}\n".encode()))
+                ),
+                (f"{s}9.webp", picture(9, "WEBP")),
+                (f"{s}9.json", json.dumps({"caption": "from json", "width": 3}).encode()),
+                ("only.txt", b"no picture"),
+            ],
+        )
+    (tmp_path / "shard-00.parquet").write_bytes(b"a side file")
+    for data in ("shard-{00..02}.tar", "shard-0?.tar", ""):
+        source = open_source(str(tmp_path / data))
+        raws = everything(source)
+        assert [r.key for r in raws] == [f"{s}{k}" for s in range(3) for k in (0, 1, 9)]
+        assert raws[1].captions == ("café 01",) and raws[2].captions == ("from json",)
+        assert raws[1].image == picture(1) and source.classes == {}
+        assert source.report == {"samples": 12, "no picture": 3}
+    piped = open_source(f"pipe:cat {tmp_path}/shard-01.tar")
+    assert [r.key for r in everything(piped)] == ["10", "11", "19"]
+
+
+def test_tar_shards_with_class_numbers_and_with_class_folders(tmp_path):
+    write_tar(
+        tmp_path / "n.tar", [(f"{i}.{e}", d) for i in range(3) for e, d in (("png", picture(i)), ("cls", b"%d" % i))]
+    )
+    numbered = open_source(str(tmp_path / "n.tar"))
+    assert numbered.classes == {"class": ("0", "1", "2")}
+    assert [r.labels["class"] for r in everything(numbered)] == [0, 1, 2]
+    write_tar(tmp_path / "f.tar", [(f"train/{c}/{i}.JPEG", picture(i)) for i, c in enumerate(("owl", "bee", "owl"))])
+    folders = open_source(str(tmp_path / "f.tar"))
+    assert folders.classes == {"class": ("bee", "owl")}
+    assert [r.labels["class"] for r in everything(folders)] == [1, 0, 1]
+    assert folders.shards == [str(tmp_path / "f.tar")] and not folders.random_access
+
+
+def test_annotations_give_captions_and_labels(tmp_path):
+    write_tar(
+        tmp_path / "a.tar", [(f"x/k{i}.{e}", d) for i in range(3) for e, d in (("jpg", picture(i)), ("txt", b"own"))]
+    )
+    rows = [
+        {"key": "k0", "captions": ["given"], "type": "shoe", "year": 2001, "price": 1.5},
+        {"key": "k1", "type": "hat", "year": 1999},
+        {"key": "elsewhere", "type": "hat"},
+    ]
+    notes = tmp_path / "notes.jsonl"
+    notes.write_text("\n".join(map(json.dumps, rows)))
+    source = open_source(str(tmp_path / "a.tar"), str(notes))
+    raws = everything(source)
+    assert [r.captions for r in raws] == [("given",), ("own",), ("own",)]
+    assert source.classes == {"type": ("hat", "shoe"), "year": ("1999", "2001")}
+    assert [r.labels for r in raws] == [{"type": 1, "year": 1}, {"type": 0, "year": 0}, {}]
+    np.testing.assert_array_equal(counts(source, "type"), [2, 1])  # of the whole file, so that splits agree
+    for i in range(3):
+        (tmp_path / f"k{i}.jpg").write_bytes(picture(i))
+    (tmp_path / "a.tar").unlink()
+    assert [r.labels.get("type") for r in everything(open_source(str(tmp_path), str(notes)))] == [1, 0, None]
+
+
+def test_a_truncated_shard_gives_what_it_holds_and_is_counted(tmp_path):
+    path = write_tar(
+        tmp_path / "a.tar", [(f"{i}.{e}", d) for i in range(9) for e, d in (("jpg", picture(i)), ("txt", b"t"))]
+    )
+    whole = path.read_bytes()
+    write_tar(tmp_path / "b.tar", [("z.jpg", picture(1)), ("z.txt", b"t")])
+    for cut in (700, len(whole) // 2 + 100):
+        path.write_bytes(whole[:cut])
+        source = open_source(str(tmp_path))
+        keys = [r.key for r in everything(source)]
+        assert keys[-1] == "z" and 0 < len(keys) < 9
+        assert source.report["broken shard"] == 1
+    path.write_bytes(b"")
+    source = open_source(str(tmp_path))
+    assert [r.key for r in everything(source)] == ["z"] and source.report["broken shard"] == 1
+
+
+def test_a_name_that_is_twice_in_a_shard_is_counted(tmp_path):
+    members = [("a.jpg", picture(0)), ("a.jpg", picture(1)), ("a.txt", b"first"), ("b.jpg", picture(2))]
+    source = open_source(str(write_tar(tmp_path / "a.tar", members)))
+    raws = everything(source)
+    assert [(r.key, r.image) for r in raws] == [("a", picture(0)), ("b", picture(2))]
+    assert source.report["duplicate file"] == 1
+
+
+def test_broken_text_is_survived(tmp_path):
+    members = [("a.jpg", picture(0)), ("a.txt", b"caf\xe9"), ("b.jpg", picture(1)), ("b.json", b"{oops")]
+    source = open_source(str(write_tar(tmp_path / "a.tar", members)))
+    raws = everything(source)
+    assert raws[0].captions == ("caf\ufffd",) and raws[1].captions == ()
+    assert source.report["broken json"] == 1
+
+
+def test_the_embedded_set():
+    source, held_out = open_source("scenes"), open_source("scenes:test")
+    assert isinstance(source, Source) and source.classes == CLASSES
+    raw = next(source.read(source.shards[5], 48))
+    assert raw.image.shape == (48, 48, 3) and len(raw.captions) == 1
+    assert not set(source.shards) & set(held_out.shards)
+    assert counts(open_source("scenes:test"), "shape").min() > 100
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("missing", "no data at .*missing; give a folder, tar shards"),
+        ("missing-{00..03}.tar", "missing-00.tar is missing"),
+        ("missing-*.tar", "no data at"),
+        ("empty", "no pictures in .*empty: it should hold class folders"),
+        ("empty.tar", "no pictures in .*empty.tar"),
+        ("words.txt", "words.txt is not a tar shard"),
+        ("broken", "metadata.jsonl, line 2: not a JSON object with"),
+    ],
+)
+def test_data_that_is_not_there_is_one_clear_error(tmp_path, data, message):
+    (tmp_path / "empty").mkdir()
+    write_tar(tmp_path / "empty.tar", [("a.txt", b"x")])
+    (tmp_path / "words.txt").write_text("no tar")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "metadata.jsonl").write_text('{"file_name": "a.jpg"}\n{"text": "x"}\n')
+    with pytest.raises(ConfigError, match=message):
+        open_source(str(tmp_path / data))
+
+
+def test_other_mistakes_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="scenes:test"):
+        open_source("scenes:train")
+    with pytest.raises(ConfigError, match="annotations"):
+        open_source("scenes", "a.jsonl")
+    with pytest.raises(ConfigError, match="no annotation file at nowhere.jsonl"):
+        open_source(str(tmp_path), "nowhere.jsonl")
+
+
+def test_real_captions(shared):
+    folder = shared / "data" / "captions" / "fashion"
+    if not folder.is_dir():
+        pytest.skip("no fashion captions")
+    source = open_source(f"{folder}/fashion-test-*.tar", str(folder / "captions.jsonl"))
+    raws = everything(source)
+    assert len(raws) == 500 and all(r.captions and "articleType" in r.labels for r in raws)
+    assert source.report == {"samples": 500}
+
+
+def test_real_class_folders_in_a_shard(shared):
+    folder = shared / "data" / "labelled"
+    if not folder.is_dir():
+        pytest.skip("no labelled pictures")
+    source = open_source(str(folder / "tiny-imagenet-100-test.tar"))
+    assert len(source.classes["class"]) == 100 and source.classes["class"][0] == "goldfish"
+    np.testing.assert_array_equal(counts(source, "class"), [50] * 100)

@@ -27,5 +27,6 @@ def test_ten_lines(tmp_path, monkeypatch, capsys):
     VTPModel(VTPConfig.from_model_config(tiny)).save_pretrained(folder)
     Image.new("RGB", (40, 30), "red").save(photo)
     exec(compile(code, "README.md", "exec"), {})
-    assert Image.open("reconstruction.png").size == (16, 16)
+    with Image.open("reconstruction.png") as reconstruction:
+        assert reconstruction.size == (16, 16)
     assert re.match(r"tensor\(\[\[-?\d\.\d+, +-?\d\.\d+\]\]\)", capsys.readouterr().out)

@@ -144,7 +144,7 @@ def _frozen(cls: type, conf: Any, at: str = "") -> Any:
             values[field.name] = _frozen(cast(type, OmegaConf.get_type(node)), node, f"{at}{field.name}.")
         else:
             value = conf[field.name]
-            value = OmegaConf.to_container(value) if isinstance(value, DictConfig | ListConfig) else value
+            value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
             values[field.name] = tuple(value) if isinstance(value, list) else value
     try:
         return cls(**values)

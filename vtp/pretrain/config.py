@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vtp.config import ConfigError
-from vtp.data.views import ViewsConfig
+from vtp.data.augment import AugmentConfig
+from vtp.data.views import BatchConfig, ViewsConfig
 from vtp.engine.loop import LoopConfig
 from vtp.engine.optim import OptimConfig
 from vtp.models.config import ModelConfig
@@ -14,17 +15,8 @@ from vtp.schedules import Ramp
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batches:
-    """Pairs a step reads: `max` of the three are drawn, each objective gets its share of them at random."""
-
-    clip: int = 16_384
-    ssl: int = 4_096
-    rec: int = 2_048
-
-
-@dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Factors of the losses. L = rec (l1 + perceptual) + ssl (dino + ibot + koleo) + clip. 0 removes an objective whole."""
+    """Factors of the losses: L = rec (l1 + perceptual) + ssl (dino + ibot + koleo) + clip; 0 removes one whole."""
 
     clip: float = 1.0
     ssl: float = 1.0
@@ -82,13 +74,14 @@ class PretrainConfig:
     resume: Literal["auto", "never"] = "auto"
     workers: int = 1  # loader processes per rank; 0 loads in the training process
     model: ModelConfig = ModelConfig()
-    batch: Batches = Batches()
+    batch: BatchConfig = BatchConfig()
     weights: Weights = Weights()
     contrast: Literal["clip", "siglip"] = "clip"
     distil: DistilConfig = DistilConfig()
     perceptual: str = "lpips"  # lpips, teacher, none, or the path of an exported module (.pt2)
     drop_path: DropPath = DropPath()
     views: ViewsConfig = ViewsConfig()
+    augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig()
     loop: LoopConfig = LoopConfig()
 
@@ -97,14 +90,15 @@ class PretrainConfig:
             raise ConfigError("weights: every objective is 0, there is nothing to learn")
         if self.steps < 1:
             raise ConfigError(f"steps must be at least 1, not {self.steps}")
-        for name, size in (("clip", self.batch.clip), ("ssl", self.batch.ssl), ("rec", self.batch.rec)):
-            if size < 1:
-                raise ConfigError(f"batch.{name} must be at least 1 (weights.{name}=0 switches the objective off)")
         if self.contrast == "siglip" and self.model.init_logit_bias is None and self.weights.clip > 0:
             raise ConfigError("contrast=siglip needs a logit bias: set model.init_logit_bias=-10")
 
     @property
-    def largest_batch(self) -> int:
-        """Pairs read per step and rank: the largest batch of an objective that is on."""
+    def active_batch(self) -> BatchConfig:
+        """The batch sizes of the objectives that are on; 0 for those that are not, so that no view of them is made."""
         w, b = self.weights, self.batch
-        return max(size for size, on in ((b.clip, w.clip), (b.ssl, w.ssl), (b.rec, w.rec)) if on > 0)
+        sizes = {"clip": (b.clip, w.clip), "ssl": (b.ssl, w.ssl), "rec": (b.rec, w.rec)}
+        for name, (size, weight) in sizes.items():
+            if weight > 0 and size < 1:
+                raise ConfigError(f"batch.{name}={size} but weights.{name}={weight}; give it pairs or weight 0")
+        return BatchConfig(**{name: size if weight > 0 else 0 for name, (size, weight) in sizes.items()})

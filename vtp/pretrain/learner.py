@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtp import dist
 from vtp.data.augment import finish
-from vtp.data.batch import Batch
+from vtp.data.loader import Batch
 from vtp.engine.optim import adamw, autocast, optimizer_tensors, set_schedule, update
 from vtp.pretrain.config import PretrainConfig
 from vtp.pretrain.objectives import Pretraining
@@ -25,7 +25,7 @@ class PretrainLearner:
         self.cfg, self.device = cfg, device
         self.objectives = Pretraining(cfg).to(device).train()
         self.weights = cfg.weights.by_loss()
-        self.images_per_step = cfg.largest_batch * dist.world_size()
+        self.images_per_step = cfg.active_batch.pairs * dist.world_size()
         self.trainable = [p for p in self.objectives.parameters() if p.requires_grad]
         self.optimizer = adamw(self.objectives.named_parameters(), cfg.optim)
 
@@ -34,7 +34,7 @@ class PretrainLearner:
         cfg = self.cfg
         images, total_images = step * self.images_per_step, cfg.steps * self.images_per_step
         lr = set_schedule(self.optimizer, cfg.optim, images, total_images)
-        batch = finish(batch.to(self.device), cfg.views)
+        batch = finish(batch.to(self.device), cfg.augment, torch.default_generator)
         with autocast(self.device, cfg.precision):
             losses, readings = self.objectives(batch, cfg.distil.teacher_temp(images, total_images))
         total = sum((self.weights[name] * loss for name, loss in losses.items()), torch.zeros((), device=self.device))

@@ -7,16 +7,16 @@ weight is 0 owns no parameter and costs nothing.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vtp.data.batch import Batch, SSLBatch
+from vtp.data.loader import Batch, SSLBatch
 from vtp.models.dino_head import DINOHead
 from vtp.models.ema import EMATeacher
-from vtp.models.vit import Tokens
+from vtp.models.vit import Tokens, ViT
 from vtp.models.vtp_hf import VTPConfig, VTPModel
 from vtp.objectives.clip import clip_loss
 from vtp.objectives.dino import dino_loss
@@ -42,6 +42,9 @@ class Pretraining(nn.Module):
         cfg: The run. Only what its weights ask for is built.
     """
 
+    center_cls: Tensor
+    center_patch: Tensor
+
     def __init__(self, cfg: PretrainConfig) -> None:
         super().__init__()
         self.cfg = cfg
@@ -49,13 +52,11 @@ class Pretraining(nn.Module):
         model = dataclasses.replace(cfg.model, train_clip=weights.clip > 0, train_reconstruction=weights.rec > 0)
         self.student = VTPModel(VTPConfig.from_model_config(model))
         vision = cfg.model.vision
-        self.full_width = vision.bottleneck_ae_only or vision.feature_bottleneck is None  # what CLIP and SSL read
         followed = nn.ModuleDict({"trunk": self.student.trunk})
         if weights.ssl > 0:
             distil = cfg.distil
-            width = vision.embed_dim if self.full_width else vision.feature_bottleneck
             self.head = DINOHead(
-                width, distil.prototypes, distil.head_layers, distil.head_hidden, distil.head_bottleneck
+                vision.clip_dim, distil.prototypes, distil.head_layers, distil.head_hidden, distil.head_bottleneck
             )
             followed["head"] = self.head
             for name in ("center_cls", "center_patch"):
@@ -63,13 +64,14 @@ class Pretraining(nn.Module):
         perceptual = cfg.perceptual if weights.rec > 0 and weights.perceptual > 0 else "none"
         self.teacher_perceives = perceptual == "teacher"
         self.perceive = load_perceptual(perceptual) if perceptual not in ("teacher", "none") else None
-        self.teacher = EMATeacher(followed) if weights.ssl > 0 or self.teacher_perceives else None
+        if weights.ssl > 0 or self.teacher_perceives:
+            self.teacher = EMATeacher(followed)
         # A tuple hides the student's modules from registration: they are already children of `student` and `self`.
         self._followed = (followed,)
 
     def follow(self, momentum: float) -> None:
         """Move the teacher towards the student: t <- m t + (1 - m) s."""
-        if self.teacher is not None:
+        if hasattr(self, "teacher"):
             self.teacher.follow(self._followed[0], momentum)
 
     def forward(self, batch: Batch, teacher_temp: float) -> Objectives:
@@ -90,6 +92,7 @@ class Pretraining(nn.Module):
             else:
                 rows = batch.rec.rows
                 rec_tokens = Tokens(tokens.cls[rows], tokens.patches[rows], tokens.grid)
+            assert batch.rec.images is not None  # `finish` filled it
             losses |= self._reconstruction(rec_tokens, batch.rec.images)
         if batch.ssl is not None:
             ssl_losses, ssl_readings = self._self_distillation(batch.ssl, teacher_temp)
@@ -103,6 +106,7 @@ class Pretraining(nn.Module):
         image, words = student.clip_image(tokens), student.get_clip_text_feature(text)
         scale = student.logit_scale.exp()
         if self.cfg.contrast == "siglip":
+            assert student.logit_bias is not None  # PretrainConfig saw to it
             return siglip_loss(image, words, scale, student.logit_bias)
         return clip_loss(image, words, scale)
 
@@ -126,8 +130,8 @@ class Pretraining(nn.Module):
         masked = ssl.mask_indices
 
         with torch.no_grad():
-            seen = self.teacher["trunk"](crops)
-            logits = self.teacher["head"](self._read(seen, masked, self.teacher["trunk"])).float()
+            trunk = cast(ViT, self.teacher["trunk"])
+            logits = self.teacher["head"](self._read(trunk(crops), masked, trunk)).float()
             cls_targets, patch_targets = self._targets(logits, n_global * batch, teacher_temp)
 
         drop = self.cfg.drop_path.ssl
@@ -135,18 +139,14 @@ class Pretraining(nn.Module):
         parts = [self._read(glob, masked, self.student.trunk)]  # [2B + M, d]
         if len(ssl.local_crops):
             local = self.student.trunk(ssl.local_crops.flatten(0, 1), drop_path=drop)
-            parts.append(local.cls if self.full_width else self.student.trunk.bottleneck(local.cls))
+            parts.append(self._width(local.cls, self.student.trunk))
         student = self.head(torch.cat(parts)).float()
         n_cls, n_masked = n_global * batch, len(masked)
         cls_logits = torch.cat([student[:n_cls], student[n_cls + n_masked :]])  # global crops, then local ones
         temp = self.cfg.distil.student_temp
         losses = {
-            "dino": dino_loss(
-                cls_logits.unflatten(0, (-1, batch)), cls_targets.unflatten(0, (n_global, batch)), temp
-            ),
-            "ibot": ibot_loss(
-                student[n_cls : n_cls + n_masked], patch_targets, ssl.mask_weights, n_global * batch, temp
-            ),
+            "dino": dino_loss(cls_logits.unflatten(0, (-1, batch)), cls_targets.unflatten(0, (n_global, batch)), temp),
+            "ibot": ibot_loss(student[n_cls : n_cls + n_masked], patch_targets, ssl.mask_weights, temp),
         }
         if self.cfg.weights.koleo > 0:
             losses["koleo"] = torch.stack([koleo_loss(c) for c in glob.cls.chunk(n_global)]).mean()
@@ -154,10 +154,14 @@ class Pretraining(nn.Module):
         readings = {"teacher_entropy_mean": mean, "teacher_entropy_single": single}
         return losses, readings
 
-    def _read(self, tokens: Tokens, masked: Tensor, trunk: nn.Module) -> Float[Tensor, "rows d"]:
+    def _read(self, tokens: Tokens, masked: Tensor, trunk: ViT) -> Float[Tensor, "rows d"]:
         """Class tokens, then the patches at the masked places: what goes through the head."""
         rows = torch.cat([tokens.cls, tokens.patches.flatten(0, 1)[masked]])
-        return rows if self.full_width else trunk.bottleneck(rows)
+        return self._width(rows, trunk)
+
+    def _width(self, rows: Tensor, trunk: ViT) -> Tensor:
+        """CLIP and self-distillation read before the bottleneck, or behind it where the configuration says so."""
+        return rows if self.cfg.model.vision.bottleneck_ae_only else trunk.bottleneck(rows)
 
     def _targets(self, logits: Tensor, n_cls: int, temp: float) -> tuple[Tensor, Tensor]:
         """The teacher's assignments to prototypes, balanced apart for class tokens and patches."""
@@ -166,6 +170,6 @@ class Pretraining(nn.Module):
             return sinkhorn_knopp(cls, temp), sinkhorn_knopp(patches, temp)
         targets = centered_softmax(cls, self.center_cls, temp), centered_softmax(patches, self.center_patch, temp)
         if self.training:
-            self.center_cls.copy_(update_center(self.center_cls, cls, momentum=0.9))
-            self.center_patch.copy_(update_center(self.center_patch, patches, momentum=0.9))
+            self.center_cls = update_center(self.center_cls, cls, momentum=0.9)
+            self.center_patch = update_center(self.center_patch, patches, momentum=0.9)
         return targets

@@ -26,30 +26,28 @@ def pretrain(cfg: PretrainConfig) -> Path:
         ConfigError: data, views or run folder cannot be used; said before anything is built.
         NonFiniteError: a loss became NaN or infinite; the last good checkpoint is kept.
     """
-    weights = cfg.weights
+    device = pick_device(cfg.device)
     source = open_source(cfg.data, cfg.annotations)
-    cfg.views.check(cfg.model.vision.patch_size)
     if cfg.model.image_size != cfg.views.size:
         raise ConfigError(
-            f"model.image_size={cfg.model.image_size} is not views.size={cfg.views.size}; set both to the same"
+            f"model.image_size={cfg.model.image_size} is not views.size={cfg.views.size}; make them equal"
         )
-    tokenizer = get_tokenizer(context_length=cfg.model.text.context_length) if weights.clip > 0 else None
+    tokenizer = get_tokenizer(context_length=cfg.model.text.context_length) if cfg.weights.clip > 0 else None
     loader = Loader(
         source,
         cfg.views,
-        clip=cfg.batch.clip if weights.clip > 0 else 0,
-        ssl=cfg.batch.ssl if weights.ssl > 0 else 0,
-        rec=cfg.batch.rec if weights.rec > 0 else 0,
+        cfg.active_batch,
+        tokenizer,
         patch_size=cfg.model.vision.patch_size,
-        tokenizer=tokenizer,
         seed=cfg.seed,
         workers=cfg.workers,
+        pin_memory=device.type == "cuda",
     )
     out = open_run(cfg, cfg.resume, ignore=ORCHESTRATION)
     reseed(cfg.seed, 0, 0)  # every rank starts from the same weights
-    learner = PretrainLearner(cfg, pick_device(cfg.device))
+    learner = PretrainLearner(cfg, device)
     train(learner, loader, cfg.steps, cfg.seed, cfg.loop, out, title=out.name)
-    broken = loader.report()
+    broken = {reason: count for reason, count in loader.report.items() if reason != "samples"}
     if broken:
         console.print(f"left out of {cfg.data}: " + ", ".join(f"{count} {reason}" for reason, count in broken.items()))
     if dist.is_main():

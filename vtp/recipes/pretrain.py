@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vtp.data.views import ViewsConfig
+from vtp.data.augment import AugmentConfig
+from vtp.data.views import BatchConfig, ViewsConfig
 from vtp.engine.loop import LoopConfig
 from vtp.engine.optim import OptimConfig
 from vtp.models.config import DecoderConfig, ModelConfig, TextConfig, ViTConfig
-from vtp.pretrain.config import Batches, DistilConfig, PretrainConfig
+from vtp.pretrain.config import DistilConfig, PretrainConfig
 from vtp.schedules import Ramp, WarmupCosine
 
 
@@ -28,13 +29,13 @@ def _published(width: int, depth: int, heads: int, name: str) -> PretrainConfig:
         out=f"runs/{name}",
         steps=100_000,
         workers=8,
-        batch=Batches(clip=512, ssl=64, rec=32),
+        batch=BatchConfig(clip=512, ssl=64, rec=32),
         model=ModelConfig(
             image_size=256,
             vision=ViTConfig(embed_dim=width, depth=depth, num_heads=heads),
             decoder=DecoderConfig(embed_dim=width, depth=depth, num_heads=heads),
         ),
-        views=ViewsConfig(size=256, global_size=224, local_size=96, n_local=8),
+        views=ViewsConfig(size=256, global_size=224, local_size=96, local_crops=8),
         optim=OptimConfig(
             lr=WarmupCosine(peak=5e-4, warmup=0.02, end=1e-6), weight_decay=Ramp(start=0.04, end=0.2, cosine=True)
         ),
@@ -62,7 +63,7 @@ def cpu() -> PretrainConfig:
     return PretrainConfig(
         out="runs/cpu",
         steps=1_000,
-        batch=Batches(clip=128, ssl=64, rec=64),
+        batch=BatchConfig(clip=128, ssl=64, rec=64),
         perceptual="teacher",
         model=ModelConfig(
             image_size=32,
@@ -70,7 +71,8 @@ def cpu() -> PretrainConfig:
             text=TextConfig(context_length=24, embed_dim=128, depth=3, num_heads=4),
             decoder=DecoderConfig(embed_dim=128, depth=4, num_heads=4),
         ),
-        views=ViewsConfig(size=32, global_size=32, local_size=16, n_local=4),
+        views=ViewsConfig(size=32, global_size=32, local_size=16, local_crops=4),
+        augment=AugmentConfig(blur_sigma=(0.1, 0.6)),
         # Heads scale with the run: 2,048 prototypes do not leave the uniform distribution in 800 steps, 256 do at once.
         distil=DistilConfig(
             prototypes=256,

@@ -1,0 +1,156 @@
+"""The joint forward: which losses, what they cost, and that each is what its equation says of the student's outputs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vtp.config import ConfigError
+from vtp.data.augment import finish
+from vtp.data.loader import Loader
+from vtp.data.sources import open_source
+from vtp.objectives.clip import clip_loss
+from vtp.pretrain.config import Weights
+from vtp.pretrain.learner import PretrainLearner
+from vtp.pretrain.objectives import Pretraining
+from vtp.recipes.pretrain import corner
+from vtp.tokenizers import get_tokenizer
+
+
+def a_batch(cfg):
+    tokenizer = get_tokenizer(context_length=cfg.model.text.context_length)
+    loader = Loader(open_source(cfg.data), cfg.views, cfg.active_batch, tokenizer, patch_size=4)
+    return finish(next(loader), cfg.augment, torch.Generator().manual_seed(0))
+
+
+def calls(module, log, name):
+    module.register_forward_hook(lambda m, args, out: log.append((name, len(args[0]))))
+
+
+CORNERS = {
+    "ae": {"l1", "perceptual"},
+    "clip_ae": {"clip", "l1", "perceptual"},
+    "ssl_ae": {"dino", "ibot", "koleo", "l1", "perceptual"},
+    "vtp": {"clip", "dino", "ibot", "koleo", "l1", "perceptual"},
+}
+
+
+@pytest.mark.parametrize("name", CORNERS)
+def test_each_corner_has_its_losses_and_owns_nothing_else(tiny, name):
+    cfg = corner(tiny, name)
+    model = Pretraining(cfg)
+    batch = a_batch(cfg)
+    losses, _ = model(batch, teacher_temp=0.05)
+    assert set(losses) == CORNERS[name] == set(cfg.weights.by_loss())
+    assert all(loss.ndim == 0 and loss.isfinite() and loss.dtype == torch.float32 for loss in losses.values())
+    assert (batch.clip is None) == ("clip" not in losses) and (batch.ssl is None) == ("dino" not in losses)
+    assert hasattr(model.student, "text_transformer") == ("clip" in losses)
+    assert hasattr(model, "head") == ("dino" in losses)
+    sum(losses.values()).backward()
+    idle = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert idle == []
+    assert not any(p.grad is not None for p in model.teacher.parameters())
+
+
+def test_without_a_perceptual_loss_an_auto_encoder_has_no_teacher(tiny):
+    cfg = corner(replace(tiny, perceptual="none"), "ae")
+    assert not hasattr(Pretraining(cfg), "teacher")
+    no_decoder = Pretraining(replace(tiny, weights=Weights(rec=0.0)))
+    assert not hasattr(no_decoder.student, "pixel_decoder")
+
+
+def test_the_trunk_runs_once_on_each_distinct_view(tiny):
+    model, batch, log = Pretraining(replace(tiny, perceptual="none")), a_batch(tiny), []
+    calls(model.student.trunk, log, "student")
+    calls(model.teacher["trunk"], log, "teacher")
+    calls(model.head, log, "head")
+    model(batch, teacher_temp=0.05)
+    masked = len(batch.ssl.mask_indices)
+    # CLIP's view (8) serves the reconstruction too; 2 x 6 global crops; 2 x 6 local ones; one pass of each head
+    assert log == [("student", 8), ("teacher", 12), ("student", 12), ("student", 12), ("head", 24 + masked)]
+
+
+def test_shared_and_separate_reconstruction_views_give_the_same_losses(tiny):
+    model, batch = Pretraining(tiny), a_batch(tiny)
+    shared, _ = model(batch, teacher_temp=0.05)
+    rows = batch.rec.rows
+    own = batch._replace(rec=batch.rec._replace(rows=None))
+    assert torch.equal(batch.rec.images, batch.clip.images[rows])
+    separate, _ = model(own, teacher_temp=0.05)
+    for name in shared:
+        torch.testing.assert_close(shared[name], separate[name], rtol=1e-4, atol=1e-5)
+
+
+def test_losses_are_those_of_the_published_methods(tiny):
+    model, batch = Pretraining(tiny), a_batch(tiny)
+    losses, readings = model(batch, teacher_temp=0.05)
+    student = model.student
+    image = student.get_clip_image_feature(batch.clip.images)
+    text = student.get_clip_text_feature(batch.clip.tokens)
+    torch.testing.assert_close(losses["clip"], clip_loss(image, text, student.logit_scale.exp()))
+    decoded = student.get_latents_decoded_images(student.get_reconstruction_latents(batch.rec.images))
+    torch.testing.assert_close(losses["l1"], (decoded - batch.rec.images).abs().mean(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(readings["logit_scale"], torch.tensor(1 / 0.07))
+
+
+def test_ibot_compares_the_masked_view_with_the_whole_one_place_by_place(tiny):
+    """With a teacher that sees what the student sees (no masks), student and teacher logits are equal at each place."""
+    model, batch = Pretraining(tiny), a_batch(tiny)
+    seen = {}
+    model.head.register_forward_hook(lambda m, args, out: seen.setdefault("student", out))
+    model.teacher["head"].register_forward_hook(lambda m, args, out: seen.setdefault("teacher", out))
+    unmasked = batch.ssl._replace(masks=torch.zeros_like(batch.ssl.masks))
+    model(batch._replace(ssl=unmasked), teacher_temp=0.05)
+    rows = len(seen["teacher"])  # 2 x 6 class tokens, then the patches at mask_indices
+    torch.testing.assert_close(seen["student"][:rows], seen["teacher"], rtol=1e-4, atol=1e-4)
+
+
+def test_teacher_is_the_student_at_first_and_then_follows(tiny):
+    torch.manual_seed(0)
+    learner = PretrainLearner(tiny, torch.device("cpu"))
+    model = learner.objectives
+    pairs = [(model.teacher["trunk"], model.student.trunk), (model.teacher["head"], model.head)]
+    for teacher, student in pairs:
+        for (_, t), (_, s) in zip(teacher.named_parameters(), student.named_parameters(), strict=True):
+            assert torch.equal(t, s) and t.data_ptr() != s.data_ptr()
+    before = {n: p.clone() for n, p in model.teacher["trunk"].named_parameters()}
+    tokenizer = get_tokenizer(context_length=24)
+    loader = Loader(open_source("scenes"), tiny.views, tiny.active_batch, tokenizer, patch_size=4)
+    learner.step(next(loader), 5)
+    momentum = tiny.distil.momentum(5 * 8, 6 * 8)
+    students = dict(model.student.trunk.named_parameters())
+    for name, t in model.teacher["trunk"].named_parameters():
+        torch.testing.assert_close(t, momentum * before[name] + (1 - momentum) * students[name])
+
+
+@pytest.mark.parametrize("ae_only", [True, False])
+@pytest.mark.parametrize("centering", ["sinkhorn", "centering"])
+def test_variants_of_self_distillation(tiny, ae_only, centering):
+    vision = replace(tiny.model.vision, bottleneck_ae_only=ae_only)
+    cfg = replace(tiny, model=replace(tiny.model, vision=vision), distil=replace(tiny.distil, centering=centering))
+    model = Pretraining(cfg).train()
+    losses, readings = model(a_batch(cfg), teacher_temp=0.05)
+    assert model.head.mlp[0].in_features == (32 if ae_only else 8)
+    assert losses["dino"].isfinite() and 0 <= readings["teacher_entropy_single"] <= readings["teacher_entropy_mean"]
+    assert model.center_cls.abs().sum().item() > 0 if centering == "centering" else True
+
+
+def test_siglip_needs_and_uses_its_bias(tiny):
+    with pytest.raises(ConfigError, match="init_logit_bias"):
+        replace(tiny, contrast="siglip")
+    cfg = replace(tiny, contrast="siglip", model=replace(tiny.model, init_logit_bias=-10.0))
+    model = Pretraining(cfg)
+    losses, _ = model(a_batch(cfg), teacher_temp=0.05)
+    losses["clip"].backward()
+    assert model.student.logit_bias.grad is not None
+
+
+def test_one_step_under_bf16_with_stochastic_depth(tiny):
+    drop = replace(tiny.drop_path, clip=0.3, ssl=0.3, rec=0.3)
+    learner = PretrainLearner(replace(tiny, precision="bf16", drop_path=drop), torch.device("cpu"))
+    loader = Loader(
+        open_source("scenes"), tiny.views, tiny.active_batch, get_tokenizer(context_length=24), patch_size=4
+    )
+    metrics = learner.step(next(loader), 0)
+    assert all(torch.as_tensor(value).isfinite() for value in metrics.values())
+    assert set(Weights().by_loss()) <= set(metrics)

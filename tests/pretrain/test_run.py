@@ -1,0 +1,144 @@
+"""Whole runs through the command line: published tokenizer, exact resume, and every mistake with one clear line."""
+
+import io
+import json
+import tarfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from vtp import config
+from vtp.cli import main
+from vtp.config import ConfigError
+from vtp.engine.loop import NonFiniteError
+from vtp.engine.optim import OptimConfig
+from vtp.models.vtp_hf import VTPModel
+from vtp.pretrain.run import pretrain
+from vtp.schedules import WarmupCosine
+
+
+def science(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+
+
+def picture(i, size=24):
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(i).integers(0, 255, (size, size, 3), dtype=np.uint8)).save(out, "JPEG")
+    return out.getvalue()
+
+
+def folder(path, n=40, captions=True):
+    path.mkdir()
+    rows = []
+    for i in range(n):
+        (path / f"{i}.jpg").write_bytes(picture(i))
+        rows.append({"file_name": f"{i}.jpg"} | ({"text": f"picture number {i}"} if captions else {}))
+    (path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_run_publishes_a_tokenizer_and_resumes_bit_for_bit(tiny, tmp_path):
+    published = pretrain(tiny)
+    model = VTPModel.from_pretrained(published)
+    image = torch.randn(2, 3, 16, 16)
+    assert model.get_latents_decoded_images(model.get_reconstruction_latents(image)).shape == image.shape
+    run = published.parent
+    saved = config.load(run / "config.yaml", type(tiny)())
+    assert replace(saved, out=tiny.out) == tiny
+    assert json.loads((run / "environment.json").read_text())["versions"]["torch"] in torch.__version__
+
+    again = replace(tiny, out=str(tmp_path / "again"))
+    pretrain(again)
+    weights = load_file(published / "model.safetensors")
+    repeated = load_file(tmp_path / "again/tokenizer/model.safetensors")
+    assert all(torch.equal(weights[name], repeated[name]) for name in weights)  # the seed repeats a run
+
+    (run / "checkpoints" / "step_0000006" / "progress.json").unlink()  # as if killed after step 3
+    (published / "model.safetensors").unlink()
+    before = science(run)
+    pretrain(tiny)
+    resumed = load_file(published / "model.safetensors")
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    assert science(run)[-1] == before[-1]
+
+
+def test_another_seed_and_worker_processes(tiny, tmp_path):
+    cfg = replace(tiny, steps=3, seed=1, workers=2)
+    pretrain(cfg)
+    other = replace(tiny, steps=3, out=str(tmp_path / "other"), workers=2)
+    pretrain(other)
+    assert science(tmp_path / "run")[-1]["total"] != science(tmp_path / "other")[-1]["total"]
+
+
+def test_reads_a_folder_with_captions_and_reports_what_it_left_out(tiny, tmp_path):
+    data = folder(tmp_path / "data")
+    (data / "7.jpg").write_bytes(picture(7)[:100])
+    pretrain(replace(tiny, data=str(data), steps=12))
+    assert sum(json.loads((tmp_path / "run/data.json").read_text())["broken"].values()) >= 1
+
+
+def test_reads_a_truncated_shard_to_its_break(tiny, tmp_path):
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w") as tar:
+        for i in range(30):
+            for suffix, content in (("jpg", picture(i)), ("txt", b"a picture")):
+                info = tarfile.TarInfo(f"{i:03d}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    shard = tmp_path / "s.tar"
+    shard.write_bytes(whole.getvalue()[: int(len(whole.getvalue()) * 0.8)])
+    pretrain(replace(tiny, data=str(shard), steps=3))
+    assert json.loads((tmp_path / "run/data.json").read_text())["broken"]
+
+
+def test_nan_stops_the_run_with_the_last_good_checkpoint(tiny):
+    optim = OptimConfig(lr=WarmupCosine(peak=1e38, warmup=0.0), clip_grad=0.0)
+    with pytest.raises(NonFiniteError, match="not finite between steps"):
+        pretrain(replace(tiny, steps=60, optim=optim))
+
+
+def test_caption_missing(tiny, tmp_path):
+    data = folder(tmp_path / "data", captions=False)
+    with pytest.raises(ConfigError, match="no captions"):
+        pretrain(replace(tiny, data=str(data)))
+
+
+def wrong(capsys, *words):
+    with pytest.raises(SystemExit) as stopped:
+        main(["pretrain", *words])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("vtp: ") and "\n" not in message
+    return message
+
+
+def test_mistakes_are_one_line_each(tmp_path, capsys):
+    out = f"out={tmp_path / 'x'}"
+    assert "did you mean 'model.vision.depth'?" in wrong(capsys, "quickstart", out, "model.vision.depht=3")
+    assert "did you mean 'steps'?" in wrong(capsys, "quickstart", out, "stepps=3")
+    assert "did you mean 'quickstart'" in wrong(capsys, "quikstart", out)
+    assert str(tmp_path / "nowhere") in wrong(capsys, "cpu", out, f"data={tmp_path / 'nowhere'}")
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in wrong(capsys, "cpu", out, f"data={tmp_path / 'empty'}")
+    odd = wrong(capsys, "quickstart", out, "views.size=30", "model.image_size=30")
+    assert "views.size=30" in odd and "multiple" in odd
+    assert "no configuration file" in wrong(capsys, str(tmp_path / "none.yaml"))
+    assert not (tmp_path / "x").exists()  # nothing was begun
+
+
+def test_a_run_folder_of_another_configuration_is_refused(tiny):
+    pretrain(replace(tiny, steps=3))
+    with pytest.raises(ConfigError, match="seed: 0 -> 5"):
+        pretrain(replace(tiny, steps=3, seed=5))
+
+
+def test_dry_run_prints_the_resolved_configuration_and_writes_nothing(tmp_path, capsys):
+    main(["pretrain", "base_clip_ae", f"out={tmp_path / 'x'}", "batch.clip=64", "--dry-run"])
+    printed = capsys.readouterr().out
+    assert "embed_dim: 768" in printed and "clip: 64" in printed and "ssl: 0.0" in printed
+    assert not (tmp_path / "x").exists()

@@ -63,7 +63,7 @@ class Tokenizer:
         return rows
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without start, end and padding. `<end_of_text>` in a text becomes the end token, as in CLIP."""
+        """Ids of a text, without start, end and padding. An `<end_of_text>` in it becomes the end token, as in CLIP."""
         return [i for word in WORDS.findall(self._clean(text)) for i in _encode_word(word)]
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:

@@ -1,0 +1,88 @@
+import pytest
+import torch
+
+from vtp.models.config import ModelConfig, TextConfig, ViTConfig
+from vtp.models.vit import ViT
+
+SMALL = ViTConfig(patch_size=4, embed_dim=32, depth=3, num_heads=2, feature_bottleneck=8)
+
+
+def test_tokens():
+    trunk = ViT(SMALL).eval()
+    images = torch.randn(2, 3, 8, 12)
+    cls, patches, grid = trunk(images)
+    assert cls.shape == (2, 32) and patches.shape == (2, 6, 32) and grid == (2, 3)
+    assert trunk.bottleneck(cls).shape == (2, 8)
+    whole = trunk(torch.nn.functional.pad(images, (0, 3, 0, 1)))  # what is not a whole patch is ignored, as published
+    assert whole.grid == grid and torch.allclose(whole.patches, patches, atol=1e-6)
+    with pytest.raises(ValueError, match=r"\(3, 8\) pixels hold no whole patch of 4 x 4"):
+        trunk(torch.randn(1, 3, 3, 8))
+
+
+def test_masked_patches_are_not_seen():
+    trunk = ViT(SMALL).eval()
+    images, masks = torch.randn(2, 3, 8, 8), torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0]], dtype=torch.bool)
+    other = images.clone()
+    other[0, :, :4, :4] = 9.0
+    other[0, :, 4:, 4:] = -9.0
+    torch.testing.assert_close(trunk(images, masks), trunk(other, masks))
+    assert torch.equal(trunk(images, masks).cls[1], trunk(images).cls[1])
+
+
+def test_intermediate_features_are_those_on_the_way():
+    trunk = ViT(SMALL).eval()
+    images = torch.randn(1, 3, 8, 8)
+    first, last = trunk.intermediate(images, [2, 0])
+    torch.testing.assert_close(last, trunk(images))
+    assert not torch.allclose(first.patches, last.patches)
+    for blocks in ([3], [-1], []):
+        with pytest.raises(ValueError, match="not among 0 ... 2"):
+            trunk.intermediate(images, blocks)
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_reach_everything_under_autocast(drop_path, masked):
+    trunk = ViT(ViTConfig(patch_size=4, embed_dim=32, depth=2, num_heads=2, use_qk_norm=True, init_values=0.1))
+    masks = torch.tensor([[1, 0, 0, 1]] * 4, dtype=torch.bool) if masked else None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens = trunk(torch.randn(4, 3, 8, 8), masks, drop_path)
+        assert tokens.cls.dtype == torch.float32
+        loss = trunk.bottleneck(tokens.patches).float().square().sum() + tokens.cls.sum()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trunk.parameters())
+    assert all(p.grad.any() for name, p in trunk.named_parameters() if masked or name != "mask_token")
+
+
+def test_stochastic_depth_only_in_training():
+    trunk = ViT(SMALL).eval()
+    images = torch.randn(4, 3, 8, 8)
+    assert torch.equal(trunk(images, drop_path=0.5).cls, trunk(images).cls)
+    trunk.train()
+    torch.testing.assert_close(trunk(images).cls, trunk.eval()(images).cls, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(trunk.train()(images, drop_path=0.5).cls, trunk(images).cls, atol=1e-2)
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    trunk = ViT(ViTConfig(patch_size=8, embed_dim=128, depth=2, num_heads=4))
+    weights = dict(trunk.named_parameters())
+    assert abs(weights["blocks.0.attn.qkv.weight"].std() - 0.02) < 1e-3
+    assert abs(weights["blocks.1.mlp.w3.weight"].std() - 0.02) < 1e-3
+    assert not weights["blocks.0.attn.qkv.bias"].any() and not weights["mask_token"].any()
+    assert abs(weights["cls_token"].std() - 0.02) < 5e-3
+    assert abs(weights["patch_embed.proj.weight"]).max() <= (1 / (3 * 8 * 8)) ** 0.5 + 1e-6
+    assert (weights["norm.weight"] == 1).all()
+
+
+def test_bad_configurations():
+    with pytest.raises(ValueError, match=r"vision_embed_dim=100 .* 4 \* vision_num_heads=12; the next one is 144"):
+        ViTConfig(embed_dim=100)
+    with pytest.raises(ValueError, match="vision_ffn_layer='swiglu16' is unknown; one of 'mlp', 'swiglu'"):
+        ViTConfig(ffn_layer="swiglu16")
+    with pytest.raises(ValueError, match="vision_clip_feat"):
+        ViTConfig(clip_feat="mean")
+    with pytest.raises(ValueError, match="text_embed_cls"):
+        TextConfig(embed_cls=True)
+    with pytest.raises(ValueError, match="rope_dtype"):
+        ModelConfig(rope_dtype="fp16")

@@ -273,7 +273,10 @@ def _pixels(raw: Raw, size: int) -> UInt8[ndarray, "h w 3"]:
 
 
 def _write_shard(out: Path, number: int, parts: Sequence[dict[str, Tensor]]) -> None:
-    save_file({key: torch.cat([p[key] for p in parts]) for key in parts[0]}, out / f"shard_{number:05d}.safetensors")
+    save_file(
+        {key: torch.cat([p[key] for p in parts]).contiguous() for key in parts[0]},
+        out / f"shard_{number:05d}.safetensors",
+    )
 
 
 class _Moments:

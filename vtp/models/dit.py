@@ -16,6 +16,8 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vtp.models.layers import RMSNorm, attention
+
 # What a published config.json may say of the architecture beside DiTConfig's fields: there is one answer to each.
 FIXED = {
     "use_swiglu": True,
@@ -185,9 +187,9 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.norm1 = nn.RMSNorm(dim, eps=1e-6)
+        self.norm1 = RMSNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
-        self.norm2 = nn.RMSNorm(dim, eps=1e-6)
+        self.norm2 = RMSNorm(dim, eps=1e-6)
         self.mlp = SwiGLU(dim, int(2 / 3 * int(dim * mlp_ratio)))
         self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(dim, 6 * dim))  # SiLU: once, by the caller
 
@@ -202,7 +204,7 @@ class Block(nn.Module):
 class FinalLayer(nn.Module):
     def __init__(self, dim: int, out: int) -> None:
         super().__init__()
-        self.norm_final = nn.RMSNorm(dim, eps=1e-6)
+        self.norm_final = RMSNorm(dim, eps=1e-6)
         self.linear = nn.Linear(dim, out)
         self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(dim, 2 * dim))
 
@@ -221,7 +223,7 @@ class Attention(nn.Module):
     def forward(self, x: Float[Tensor, "b n d"], rope: tuple[Tensor, Tensor]) -> Float[Tensor, "b n d"]:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, heads, N, d]
         q, k = rotate(qkv[:2], *rope)
-        return self.proj(F.scaled_dot_product_attention(q, k, qkv[2]).transpose(1, 2).flatten(2))
+        return self.proj(attention(q, k, qkv[2], training=self.training).transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):

@@ -140,6 +140,17 @@ def test_going_back_in_the_same_loader():
     assert not torch.equal(first.clip.images, second.clip.images)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_leaves_the_global_random_numbers_alone(workers):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    stream = loader(open_source("scenes"), workers=workers)
+    next(stream)
+    stream.close()
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_workers_and_seeds_draw_differently():
     ones = [next(loader(open_source("scenes"), seed=seed)) for seed in (0, 1)]
     assert not torch.equal(ones[0].clip.images, ones[1].clip.images)

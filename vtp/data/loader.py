@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -183,6 +183,7 @@ class Loader:
             collate_fn=_as_it_is,
             pin_memory=self._pin_memory,
             prefetch_factor=2 if self.workers else None,
+            generator=torch.Generator(),  # otherwise starting, and so resuming, draws from the global one
         )
         with warnings.catch_warnings():
             # Python warns of any fork beside threads; the workers use no lock that a thread of ours could hold.
@@ -276,8 +277,8 @@ class _Batches(IterableDataset[Batch]):
                 report["no caption"] += 1
             elif (image := _pixels(raw, report)) is not None:
                 yield raw, image, after
-                continue
-            self._check_share(report)
+            if len(report) > 1:
+                self._check_share(report)
 
     def _check_share(self, report: Counter[str]) -> None:
         seen, broken = report["samples"], sum(n for reason, n in report.items() if reason != "samples")
@@ -305,7 +306,7 @@ def positions(
     _, epoch, first, skip, done, _ = cursor
     while True:
         order = np.random.default_rng([seed, _EPOCH, epoch]).permutation(len(source.shards))
-        mine = (order[stream::streams] if whole_shards else order).tolist()
+        mine = order[stream::streams] if whole_shards else order
         share = None if whole_shards else (stream, streams)
         samples = _epoch(source, size, mine, share, first, skip)
         empty = first == skip == done == 0
@@ -327,11 +328,11 @@ def positions(
 
 
 def _epoch(
-    source: Source, size: int, mine: Sequence[int], share: tuple[int, int] | None, first: int, skip: int
+    source: Source, size: int, mine: Int[ndarray, " n"], share: tuple[int, int] | None, first: int, skip: int
 ) -> Iterator[tuple[Raw, int, int]]:
     """(sample, shard number, samples of that shard read so far) behind `skip` samples of shard number `first`."""
     for n in range(first, len(mine)):
-        for j, raw in enumerate(source.read(source.shards[mine[n]], size)):
+        for j, raw in enumerate(source.read(source.shards[int(mine[n])], size)):
             if (n > first or j >= skip) and (share is None or (n + j) % share[1] == share[0]):
                 yield raw, n, j + 1
 
@@ -444,13 +445,13 @@ def _kept(source: Source, label: str, top: int | None) -> list[int]:
 def _passes(
     source: Source, size: int, batch_size: int, resize: Resize, limit: int | None, wanted: Callable[[Raw], bool]
 ) -> Iterator[tuple[Tensor, list[Raw]]]:
-    shards = source.shards
+    order: Iterable[Any] = range(len(source.shards))
     if limit is not None and source.random_access:  # a folder sorted by class would give the first classes only
-        shards = [shards[i] for i in np.random.default_rng(0).permutation(len(shards)).tolist()]
+        order = np.random.default_rng(0).permutation(len(source.shards))
     found = (
         (raw._replace(image=b""), image)
-        for shard in shards
-        for raw in source.read(shard, size)
+        for i in order
+        for raw in source.read(source.shards[int(i)], size)
         if wanted(raw) and (image := _pixels(raw, source.report)) is not None
     )
     first = itertools.islice(found, limit)

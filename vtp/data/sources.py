@@ -33,6 +33,8 @@ CAPTION_COLUMNS = ("text", "caption", "captions")
 KEY_COLUMNS = ("key", "file_name")
 # What a class is called in a caption or a zero-shot prompt where the data does not say it.
 CLASS_TEMPLATES = ("a photo of a {}", "a picture of a {}", "a photo of the {}", "a close-up of a {}", "a {}")
+# Columns of annotations are named in captions in many ways; the bare name is the one they share.
+COLUMN_TEMPLATES = ("{}",)
 _SUFFIXES = frozenset(IMAGE_SUFFIXES)
 _REMOTE = re.compile(r"^(pipe|https?|s3|gs|hf|ais|ftps|sftp|scp|file):")
 
@@ -218,7 +220,7 @@ class FolderSource:
         folders = sorted({f.split("/", 1)[0] for f in self.files if "/" in f}) if not listed else []
         self._folders = Folders.named(folders, root / "classes.json")
         self.classes = ({} if self.table is None else self.table.classes) | self._folders.classes
-        self.templates: dict[str, tuple[str, ...]] = {label: CLASS_TEMPLATES for label in self.classes}
+        self.templates = _templates(self.classes)
 
     def read(self, shard: int, size: int | None = None) -> Iterator[Raw]:
         key = self.files[shard]
@@ -259,7 +261,7 @@ class TarSource:
             top = max((int(n) for n in numbers), default=-1)
             classes["class"] = self._folders.classes.get("class", tuple(str(i) for i in range(top + 1)))
         self.classes = classes | self._folders.classes
-        self.templates: dict[str, tuple[str, ...]] = {label: CLASS_TEMPLATES for label in self.classes}
+        self.templates = _templates(self.classes)
 
     def read(self, shard: str, size: int | None = None) -> Iterator[Raw]:
         for member in _members(shard, self.report):
@@ -302,6 +304,10 @@ class Folders:
                 raise ConfigError(f"{names} does not name the class {unknown[0]}; add it or remove the file")
             display = listed
         return cls({f: i for i, f in enumerate(display)}, {"class": tuple(display.values())} if display else {})
+
+
+def _templates(classes: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    return {label: CLASS_TEMPLATES if label == "class" else COLUMN_TEMPLATES for label in classes}
 
 
 def _sample(

@@ -30,19 +30,110 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vtp", description="Pre-train visual tokenizers, judge them, generate on them.")
+    parser = argparse.ArgumentParser(
+        prog="vtp", description="Pre-train visual tokenizers, judge them, generate with them."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     p = _command(commands, "quickstart", quickstart, "everything at toy size on a CPU, ending with report.html")
-    p.add_argument("--out", type=Path, default=Path("runs/quickstart"))
+    p.add_argument("--out", type=Path, default=Path("runs/quickstart"), metavar="DIR")
 
     p = _command(commands, "pretrain", pretrain, "pre-train a tokenizer")
     _recipe(p, PRETRAIN)
 
+    evals = _group(commands, "eval", "judge a tokenizer, or generated pictures")
+    p = _command(evals, "zero-shot", zero_shot, "classify images by text")
+    _tokenizer_and_data(p)
+    _label(p)
+    p.add_argument("--templates", metavar="openai|data|FILE", help="prompts; default: the data set's own, else openai")
+    p.add_argument(
+        "--template", action="append", metavar="TEXT", help="a prompt with {} for the class; may be repeated"
+    )
+    for name, text in (("linear", "linear probe on frozen features"), ("knn", "nearest neighbours on frozen features")):
+        p = _command(evals, name, probe, text)
+        _tokenizer_and_data(p)
+        _label(p)
+        p.add_argument("--train-data", required=True, metavar="DATA", help="images to fit on, apart from --data")
+        p.add_argument("--features", default="cls", choices=("cls", "patches", "latent"))
+        p.set_defaults(task=name)
+    p = _command(evals, "reconstruction", reconstruction, "encode and decode: PSNR, SSIM, and a Frechet distance")
+    _tokenizer_and_data(p)
+    p.add_argument("--extractor", metavar="NAME", help="inception[:FILE] (rFID), squeezenet:FILE or judge:FOLDER")
+    p = _command(evals, "generation", generation, "Frechet distance of a folder of pictures to real ones")
+    p.add_argument("images", type=Path, metavar="IMAGES", help="a folder of pictures, as `vtp sample` writes it")
+    p.add_argument("--reference", required=True, metavar="DATA", help="real pictures")
+    p.add_argument(
+        "--extractor", default="inception", metavar="NAME", help="inception[:FILE], squeezenet:FILE, judge:DIR"
+    )
+    p.add_argument("--judge", type=Path, metavar="FOLDER", help="also ask this classifier for the classes drawn")
+    p.add_argument("--label", help="compare only with pictures that carry this label")
+    _evaluation(p)
+
+    p = _command(commands, "latents", latents, "encode images into a folder of latents")
+    p.add_argument("tokenizer", type=Path, metavar="TOKENIZER")
+    p.add_argument("--data", required=True, metavar="DATA")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR")
+    p.add_argument("--label", help="which label becomes the class; may be left out where there is one")
+    p.add_argument("--annotations", metavar="JSONL", help="captions and labels by key, beside tar shards")
+    p.add_argument("--size", type=int, metavar="PIXELS", help="side of the images; default: the tokenizer's")
+    p.add_argument("--no-flip", dest="flip", action="store_false", help="leave out the mirrored images")
+    p.add_argument("--limit", type=int, metavar="N", help="images at most; give it for scenes, which has a million")
+    _machine(p)
+
     p = _command(commands, "train-dit", train_dit, "train a diffusion transformer on latents")
     _recipe(p, DITS)
 
+    p = _command(commands, "sample", sample, "draw pictures with a trained diffusion transformer")
+    p.add_argument("run", type=Path, metavar="DIT_RUN")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR")
+    p.add_argument("--num", type=int, default=64, metavar="N")
+    p.add_argument("--steps", type=int, default=50, metavar="N", help="integration steps")
+    p.add_argument("--cfg-scale", type=float, default=1.0, metavar="S", help="classifier-free guidance; 1 is none")
+    p.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"), help="when it acts")
+    p.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers; default: all")
+    p.add_argument("--sampler", default="euler", choices=("euler", "heun", "dopri5"))
+    p.add_argument("--shift", type=float, default=1.0, help="below 1: more steps near the noise")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--tokenizer", type=Path, metavar="TOKENIZER", help="where it is now, if it was moved")
+    _machine(p)
+
+    p = _command(commands, "report", report, "one self-contained HTML page about runs")
+    p.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    p.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the run, or beside several")
+    p.add_argument("--data", metavar="DATA", help="held-out images for the pictures")
+    p.add_argument("--annotations", metavar="JSONL")
     return parser
+
+
+def _group(commands: Any, name: str, text: str) -> Any:
+    parser = commands.add_parser(name, help=text, description=text)
+    return parser.add_subparsers(required=True, metavar="TASK")
+
+
+def _tokenizer_and_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("tokenizer", type=Path, metavar="TOKENIZER", help="a published folder")
+    parser.add_argument("--data", required=True, metavar="DATA", help="held-out images")
+    _evaluation(parser)
+
+
+def _label(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--label", default="class", help="which of the data's labels (class)")
+    parser.add_argument("--top", type=int, metavar="N", help="only the N commonest classes")
+
+
+def _evaluation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--annotations", metavar="JSONL", help="captions and labels by key, beside tar shards")
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="side of the images; default: the tokenizer's")
+    parser.add_argument("--limit", type=int, metavar="N", help="images at most")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, metavar="results.json")
+    _machine(parser)
+
+
+def _machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
 
 
 def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
@@ -52,8 +143,12 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None]
 
 
 def _recipe(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    parser.add_argument("recipe", metavar="RECIPE|config.yaml", help=f"one of {', '.join(names)}; or a saved config.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change, as in model.vision.depth=6")
+    parser.add_argument(
+        "recipe", metavar="RECIPE|config.yaml", help=f"one of {', '.join(names)}; or a saved config.yaml"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="fields to change, as in model.vision.depth=6"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     parser.set_defaults(names=names)
 
@@ -91,17 +186,108 @@ def pretrain(args: argparse.Namespace) -> None:
 
 def train_dit(args: argparse.Namespace) -> None:
     """vtp train-dit"""
-    from vtp.generation.run import DiTTrainConfig, train_dit
+    from vtp.generation.config import DiTTrainConfig
+    from vtp.generation.run import train_dit as run
     from vtp.recipes import dit_recipe
 
     cfg = _resolve(args, dit_recipe, DiTTrainConfig)
     if not args.dry_run:
-        train_dit(cfg)
+        run(cfg)
 
 
 def quickstart(args: argparse.Namespace) -> None:
     """vtp quickstart"""
-    raise NotImplementedError
+    from rich import print as show
+
+    from vtp.recipes import dit_recipe, pretrain_recipe
+    from vtp.report.findings import summary_table
+    from vtp.report.page import write_report
+    from vtp.studies.quickstart import compare_tokenizers
+
+    tokenizers = {"vtp": pretrain_recipe("quickstart"), "ae": pretrain_recipe("quickstart_ae")}
+    runs = compare_tokenizers(tokenizers, dit_recipe("dit_quickstart"), args.out)
+    show(summary_table(runs))
+    print(f"wrote {write_report(runs, args.out / 'report.html')}")
+
+
+def _shared(args: argparse.Namespace) -> Any:
+    """What all evaluations share."""
+    from dataclasses import fields
+
+    from vtp.evaluation.run import EvalConfig
+
+    return EvalConfig(**{field.name: getattr(args, field.name) for field in fields(EvalConfig)})
+
+
+def _show(result: dict[str, Any]) -> None:
+    """Figures first, then the protocol without which they mean nothing."""
+    width = max(map(len, result["metrics"] | result["protocol"]))
+    for name, value in result["metrics"].items():
+        print(f"{name:{width}}  {value:.4f}")
+    for name, value in result["protocol"].items():
+        print(f"{name:{width}}  {value}")
+
+
+def zero_shot(args: argparse.Namespace) -> None:
+    """vtp eval zero-shot"""
+    from vtp.evaluation.run import zero_shot
+
+    templates = args.template or args.templates
+    cfg = _shared(args)
+    _show(zero_shot(args.tokenizer, args.data, label=args.label, templates=templates, top=args.top, cfg=cfg))
+
+
+def probe(args: argparse.Namespace) -> None:
+    """vtp eval linear, vtp eval knn"""
+    from vtp.evaluation import run
+
+    ask = getattr(run, args.task)
+    options = {"label": args.label, "features": args.features, "top": args.top}
+    _show(ask(args.tokenizer, args.train_data, args.data, **options, cfg=_shared(args)))
+
+
+def reconstruction(args: argparse.Namespace) -> None:
+    """vtp eval reconstruction"""
+    from vtp.evaluation.run import reconstruction
+
+    _show(reconstruction(args.tokenizer, args.data, extractor=args.extractor, cfg=_shared(args)))
+
+
+def generation(args: argparse.Namespace) -> None:
+    """vtp eval generation"""
+    from vtp.evaluation.run import generation
+
+    options = {"extractor": args.extractor, "judge": args.judge, "label": args.label}
+    _show(generation(args.images, args.reference, **options, cfg=_shared(args)))
+
+
+def latents(args: argparse.Namespace) -> None:
+    """vtp latents"""
+    from vtp.generation.latents import encode_latents
+
+    names = ("label", "annotations", "size", "flip", "limit", "batch_size", "device", "precision")
+    encode_latents(args.tokenizer, args.data, args.out, **{name: getattr(args, name) for name in names})
+
+
+def sample(args: argparse.Namespace) -> None:
+    """vtp sample"""
+    from vtp.generation.sample import sample
+
+    names = ("num", "steps", "cfg_scale", "classes", "sampler", "shift", "seed", "tokenizer")
+    options = {name: getattr(args, name) for name in (*names, "batch_size", "device", "precision")}
+    sample(args.run, args.out, interval=tuple(args.interval), **options)
+
+
+def report(args: argparse.Namespace) -> None:
+    """vtp report"""
+    from rich import print as show
+
+    from vtp.report.findings import summary_table
+    from vtp.report.page import write_report
+
+    page = write_report(args.runs, args.out, args.data, args.annotations)
+    show(summary_table(args.runs))
+    print(f"wrote {page}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vtp.generation.run import DiTTrainConfig
+    from vtp.generation.config import DiTTrainConfig
     from vtp.pretrain.config import PretrainConfig
 
 SIZES = ("quickstart", "cpu", "small", "base", "large")

@@ -1,0 +1,1 @@
+"""Runs about runs: several programs in a row, compared."""

@@ -342,7 +342,7 @@ def _tile(texture: str, size: int) -> tuple[int, ndarray]:
     if texture == "striped":
         on = (x + y) % 1 < 0.45
     elif texture == "dotted":
-        on = ((x % 1 - 0.5) ** 2 + (y % 1 - 0.5) ** 2) < 0.32**2
+        on = ((x % 1 - 0.5) ** 2 + (y % 1 - 0.5) ** 2) < 0.29**2
     else:
         on = (x % 1 < 0.5) ^ (y % 1 < 0.5)
     return whole, on.reshape(n // fine, fine, n // fine, fine).mean((1, 3)).astype(np.float32)[:, :, None]

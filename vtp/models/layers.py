@@ -18,7 +18,7 @@ from vtp.models.rope import rotate
 
 Rope = tuple[Tensor, Tensor]  # cosine and signed sine, see vtp.models.rope
 
-# The gradient of the CPU's fused attention is up to 8 times slower than batched products on sequences this short.
+# The gradient of the CPU's fused attention is up to 10 times slower than batched products on sequences this short.
 SHORT_SEQUENCE = 128
 
 

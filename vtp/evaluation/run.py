@@ -1,0 +1,396 @@
+"""`vtp eval`: open a published tokenizer and data, ask one question, write one results file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+from vtp.config import ConfigError
+from vtp.data.loader import class_names, image_batches, labelled_batches
+from vtp.data.sources import CLASS_TEMPLATES, Source, open_source
+from vtp.engine.optim import Precision, autocast, pick_device
+from vtp.evaluation import generation as generated
+from vtp.evaluation import probes
+from vtp.evaluation import reconstruction as reconstructed
+from vtp.evaluation import zero_shot as zero
+from vtp.evaluation.judge import answers, judge_extractor, load_judge
+from vtp.evaluation.results import Seen, file_sha256, write_result
+from vtp.images import center_crop, to_uint8
+from vtp.metrics.extractors import Extractor, load_extractor
+
+FeatureName = Literal["cls", "patches", "latent"]
+FEATURES = {
+    "cls": "class token after the final norm",
+    "patches": "mean of the patch tokens after the final norm",
+    "latent": "mean of the latent map (bottleneck)",
+}
+SCENES_TRAIN = 10_000  # the embedded training set has no end in practice; a probe on it sees this many images
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What all evaluations share."""
+
+    annotations: str | None = None  # a jsonl beside the data: captions and labels by key
+    size: int | None = None  # side of the images in pixels; None is the tokenizer's own
+    limit: int | None = None  # test images at most; None is all
+    batch_size: int = 64
+    device: str = "auto"
+    precision: Precision = "fp32"
+    seed: int = 0
+    out: Path | None = None  # results JSON
+
+
+class Opened:
+    """A published tokenizer on a device, as callables from images to what is judged."""
+
+    def __init__(self, folder: Path, cfg: EvalConfig) -> None:
+        from vtp.models.vtp_hf import VTPModel
+
+        self.weights = folder / "model.safetensors"
+        if not self.weights.is_file() or not (folder / "config.json").is_file():
+            raise ConfigError(f"no tokenizer in {folder}: it should hold config.json and model.safetensors")
+        self.device, self.precision = pick_device(cfg.device), cfg.precision
+        self.model: Any = VTPModel.from_pretrained(folder).eval()
+        self.model.to(self.device)
+        self.size = self.model.config.image_size if cfg.size is None else cfg.size
+        patch = self.model.config.vision_patch_size
+        if self.size % patch:
+            raise ConfigError(f"size={self.size} is not a multiple of the tokenizer's patch size {patch}")
+        self.protocol = {"size": self.size, "precision": cfg.precision}
+
+    def needs(self, key: str, task: str) -> None:
+        """Refuse a tokenizer that was trained without what the task asks for."""
+        if not getattr(self.model.config, key):
+            raise ConfigError(f"{task} needs a tokenizer with {key}=true; this one was trained without")
+
+    def run(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """`function` of images on the device, without gradients, under autocast; float32 out."""
+
+        @torch.no_grad()
+        def call(x: Tensor) -> Tensor:
+            with autocast(self.device, self.precision):
+                return function(x.to(self.device)).float()
+
+        return call
+
+    def features(self, name: FeatureName) -> Callable[[Tensor], Tensor]:
+        """Images -> frozen features [b d], as `FEATURES` says."""
+        if name not in FEATURES:
+            raise ConfigError(f"features={name}: choose {', '.join(FEATURES)}")
+        trunk = self.model.trunk
+
+        def pooled(images: Tensor) -> Tensor:
+            tokens = trunk(images)
+            if name == "cls":
+                return tokens.cls
+            return (tokens.patches if name == "patches" else trunk.bottleneck(tokens.patches)).mean(1)
+
+        return self.run(pooled)
+
+    def text(self) -> Callable[[list[str]], Float[Tensor, "n d"]]:
+        """Sentences -> embeddings, cut to the longest of them."""
+        from vtp.tokenizers import get_tokenizer
+
+        tokenizer = get_tokenizer("ViT-B-32", context_length=self.model.config.text_context_length)
+        embed = self.run(self.model.get_clip_text_feature)
+
+        def call(sentences: list[str]) -> Tensor:
+            tokens = tokenizer(sentences)
+            return embed(tokens[:, : int((tokens != 0).sum(1).max())])
+
+        return call
+
+
+def zero_shot(
+    tokenizer: Path,
+    data: str,
+    *,
+    label: str = "class",
+    templates: str | Sequence[str] | None = None,
+    top: int | None = None,
+    cfg: EvalConfig = EvalConfig(),  # noqa: B008  frozen
+) -> dict[str, Any]:
+    """Classify the images of `data` by text; images are squashed to the tokenizer's size, as published.
+
+    Args:
+        tokenizer: a published folder.
+        label: which of the data's labels.
+        templates: "openai" (the 80 of CLIP), "data" (those of the data set), a file (a line each, or a JSON list), or
+            the templates themselves. None is the data set's own where it brings some, else openai.
+        top: only the commonest classes, and only their images.
+
+    Returns:
+        The results object; metrics top1, top5, mean_top1, chance.
+
+    Raises:
+        ConfigError: no such data, label or template file; a tokenizer without a text tower.
+    """
+    opened, source = Opened(tokenizer, cfg), open_source(data, cfg.annotations)
+    opened.needs("train_clip", "zero-shot")
+    names = class_names(source, label, top)
+    prompts, origin = _templates(source, label, templates)
+    classifier = zero.text_classifier(opened.text(), names, prompts)
+    seen = Seen()
+    batches = labelled_batches(source, label, opened.size, cfg.batch_size, top, limit=cfg.limit)
+    metrics = zero.zero_shot(opened.run(opened.model.get_clip_image_feature), classifier, seen.passing(batches))
+    protocol = {"label": label, "classes": len(names), "images": seen.count, "templates": f"{len(prompts)} {origin}"}
+    return _written("zero-shot", metrics, {"data": data, **protocol, "resize": "squash"}, opened, seen.sha256, cfg)
+
+
+def linear(
+    tokenizer: Path,
+    train_data: str,
+    data: str,
+    *,
+    label: str = "class",
+    features: FeatureName = "cls",
+    top: int | None = None,
+    train_limit: int | None = None,
+    cfg: EvalConfig = EvalConfig(),  # noqa: B008  frozen
+) -> dict[str, Any]:
+    """Linear probe on frozen features: fitted on `train_data`, asked on `data`; see `probes.linear_probe`.
+
+    Args:
+        features: "cls", "patches" or "latent", see `FEATURES`.
+        train_limit: training images at most; None is all, of the embedded set 10,000.
+
+    Returns:
+        The results object; metrics top1, top5, mean_top1, chance, held_out_accuracy, penalty.
+
+    Raises:
+        ConfigError: the same data for both, or classes that differ between them.
+    """
+    method = "logistic regression, L2 chosen on a tenth of the training images, L-BFGS"
+    return _probe("linear", tokenizer, train_data, data, label, features, top, train_limit, cfg, method)
+
+
+def knn(
+    tokenizer: Path,
+    train_data: str,
+    data: str,
+    *,
+    label: str = "class",
+    features: FeatureName = "cls",
+    top: int | None = None,
+    train_limit: int | None = None,
+    cfg: EvalConfig = EvalConfig(),  # noqa: B008  frozen
+) -> dict[str, Any]:
+    """Weighted nearest neighbours on frozen features; arguments and results as `linear`, see `probes.knn`."""
+    method = "20 nearest by cosine, weighted, temperature 0.07"
+    return _probe("knn", tokenizer, train_data, data, label, features, top, train_limit, cfg, method)
+
+
+def _probe(
+    task: str,
+    tokenizer: Path,
+    train_data: str,
+    data: str,
+    label: str,
+    features: FeatureName,
+    top: int | None,
+    train_limit: int | None,
+    cfg: EvalConfig,
+    method: str,
+) -> dict[str, Any]:
+    if train_data == data:
+        raise ConfigError(f"{task}: training and test data are both {data}; a probe must be asked what it has not seen")
+    opened = Opened(tokenizer, cfg)
+    train, test = (open_source(d, cfg.annotations) for d in (train_data, data))
+    names = class_names(train, label, top)
+    if names != class_names(test, label, top):
+        raise ConfigError(f"{task}: '{label}' has other classes in {train_data} than in {data}; annotate both alike")
+    if train_limit is None and train.name == "scenes":
+        train_limit = SCENES_TRAIN
+    embed, seen_train, seen = opened.features(features), Seen(), Seen()
+
+    def extracted(source: Source, by: Seen, limit: int | None) -> probes.Features:
+        batches = labelled_batches(source, label, opened.size, cfg.batch_size, top, limit=limit)
+        return probes.extract(embed, by.passing(batches))
+
+    known, asked = extracted(train, seen_train, train_limit), extracted(test, seen, cfg.limit)
+    if task == "linear":
+        metrics = probes.linear_probe(known, asked, len(names), cfg.seed)
+    else:
+        metrics = probes.knn(known, asked, len(names))
+    protocol = {
+        "train_data": train_data,
+        "data": data,
+        "label": label,
+        "features": f"{features}: {FEATURES[features]}, {known.x.shape[1]} numbers",
+        "method": method,
+        "classes": len(names),
+        "train_images": seen_train.count,
+        "images": seen.count,
+        "resize": "squash",
+        "train_data_sha256": seen_train.sha256,
+    }
+    return _written(task, metrics, protocol, opened, seen.sha256, cfg)
+
+
+def reconstruction(
+    tokenizer: Path,
+    data: str,
+    *,
+    extractor: str | None = None,
+    cfg: EvalConfig = EvalConfig(),  # noqa: B008  frozen
+) -> dict[str, Any]:
+    """Encode and decode the images of `data`, centre-cropped as published.
+
+    Args:
+        extractor: "inception[:FILE]" for rfid, "squeezenet:FILE", "judge:FOLDER", or None for pixels only.
+
+    Returns:
+        The results object; metrics psnr, ssim and the r-distance that the extractor names.
+
+    Raises:
+        ConfigError: a tokenizer without a decoder, or an extractor that cannot be had.
+    """
+    opened, source = Opened(tokenizer, cfg), open_source(data, cfg.annotations)
+    opened.needs("train_reconstruction", "reconstruction")
+    network = None if extractor is None else open_extractor(extractor, opened.device)
+    model, seen = opened.model, Seen()
+
+    def there_and_back(images: Tensor) -> Tensor:
+        return model.get_latents_decoded_images(model.get_reconstruction_latents(images).float())
+
+    batches = image_batches(source, opened.size, cfg.batch_size, center_crop, cfg.limit)
+    metrics = reconstructed.reconstruction(opened.run(there_and_back), seen.passing(batches), network)
+    protocol = {"data": data, "images": seen.count, "resize": "centre crop"}
+    return _written("reconstruction", metrics, protocol | _named(network), opened, seen.sha256, cfg)
+
+
+def generation(
+    images: Path,
+    reference: str,
+    *,
+    extractor: str,
+    judge: Path | None = None,
+    label: str | None = None,
+    cfg: EvalConfig = EvalConfig(),  # noqa: B008  frozen
+) -> dict[str, Any]:
+    """Measure a folder of pictures against the pictures of `reference`, centre-cropped to their size.
+
+    Args:
+        images: a folder of pictures of one size; with a samples.json, as `vtp sample` writes it, its protocol is kept.
+        extractor: as in `reconstruction`; the metric is g + its figure (gfid, gfd_judge, ...).
+        judge: a judge's folder: also measure class_agreement, for samples that asked for classes of `label`.
+        label: compare with those pictures of the reference only that carry this label.
+
+    Raises:
+        ConfigError: no pictures, several sizes, or classes that the judge does not know.
+    """
+    files = sorted(f for f in images.glob("*.png") if f.name != "grid.png")
+    if not files:
+        raise ConfigError(f"no pictures in {images}: it should hold 000000.png, ... as `vtp sample` writes them")
+    device = pick_device(cfg.device)
+    network = open_extractor(extractor, device)
+    samples = json.loads(path.read_text()) if (path := images / "samples.json").is_file() else {}
+    source, seen = open_source(reference, cfg.annotations), Seen()
+    size = Image.open(files[0]).height
+
+    def real() -> Iterator[UInt8[Tensor, "b 3 h w"]]:
+        batches: Iterable[tuple[Tensor, Any]]
+        if label is None:
+            batches = image_batches(source, size, cfg.batch_size, center_crop, cfg.limit)
+        else:
+            batches = labelled_batches(source, label, size, cfg.batch_size, None, center_crop, cfg.limit)
+        for pictures, _ in seen.passing(batches):
+            yield to_uint8(pictures)
+
+    metrics = generated.frechet(_pictures(files, cfg.batch_size), real(), network)
+    protocol = {"images": str(images), "num": len(files), "reference": reference, "reference_images": seen.count}
+    protocol |= _named(network) | {k: v for k, v in samples.items() if k != "num"}
+    if label is not None:
+        protocol["label"] = label
+    if judge is not None:
+        if label is None or "classes" not in samples:
+            raise ConfigError("class agreement needs a label and samples of classes (a samples.json with classes)")
+        referee = load_judge(judge, device)
+        asked = _asked(list(samples["classes"]), referee.classes.get(label, ()), len(files), label)
+        pictures = _pictures(files, cfg.batch_size)
+        metrics |= generated.class_agreement(pictures, asked, lambda x: answers(referee, x)[label])
+        protocol["judge_sha256"] = file_sha256(judge / "model.safetensors")
+    weights = Path(samples["dit"]) / "model.safetensors" if "dit" in samples else None
+    return write_result(
+        cfg.out,
+        task="generation",
+        metrics=metrics,
+        protocol=protocol,
+        weights=weights if weights is not None and weights.is_file() else None,
+        data_sha256=seen.sha256,
+        seed=samples.get("seed", cfg.seed),
+    )
+
+
+def open_extractor(name: str, device: torch.device | str = "cpu") -> Extractor:
+    """A feature network by name: "judge:FOLDER", or one that `metrics.extractors.load_extractor` knows."""
+    kind, _, path = name.partition(":")
+    return judge_extractor(Path(path), device) if kind == "judge" and path else load_extractor(name, device)
+
+
+def _templates(source: Source, label: str, asked: str | Sequence[str] | None) -> tuple[list[str], str]:
+    """Prompt templates, and where they come from."""
+    own = source.templates.get(label, ())
+    if asked is None:
+        asked = "data" if own and own != CLASS_TEMPLATES else "openai"
+    if not isinstance(asked, str):
+        return list(asked), "given"
+    if asked == "data" and own:
+        return list(own), "of the data set"
+    if asked == "openai":
+        from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+        return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES], "of CLIP (openai)"
+    path = Path(asked)
+    if not path.is_file():
+        raise ConfigError(f"templates={asked}: choose openai, data or a file of templates, one a line")
+    text = path.read_text(encoding="utf-8")
+    lines = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+    return [line.strip() for line in lines if line.strip()], f"of {path.name}"
+
+
+def _named(network: Extractor | None) -> dict[str, str]:
+    return {} if network is None else {"extractor": network.protocol}
+
+
+def _pictures(files: Sequence[Path], batch_size: int) -> Iterator[UInt8[Tensor, "b 3 h w"]]:
+    for first in range(0, len(files), batch_size):
+        arrays = [np.asarray(Image.open(file).convert("RGB")) for file in files[first : first + batch_size]]
+        sizes = {f"{a.shape[1]} x {a.shape[0]}" for a in arrays}
+        if len(sizes) > 1:
+            raise ConfigError(f"pictures of several sizes in {files[first].parent}: {', '.join(sorted(sizes))}")
+        yield torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+
+def _asked(names: Sequence[str], known: Sequence[str], num: int, label: str) -> Tensor:
+    """The judge's number of the class that each picture was asked to show: picture i is of class i modulo them all."""
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        there = ", ".join(known) or "none"
+        raise ConfigError(f"the judge knows no class '{unknown[0]}' of '{label}'; it knows {there}")
+    return torch.tensor([known.index(names[i % len(names)]) for i in range(num)])
+
+
+def _written(
+    task: str, metrics: dict[str, float], protocol: dict[str, Any], opened: Opened, data_sha256: str, cfg: EvalConfig
+) -> dict[str, Any]:
+    protocol = {**protocol, **opened.protocol}
+    return write_result(
+        cfg.out,
+        task=task,
+        metrics=metrics,
+        protocol=protocol,
+        weights=opened.weights,
+        data_sha256=data_sha256,
+        seed=cfg.seed,
+    )

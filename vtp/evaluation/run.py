@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,6 @@ from vtp.evaluation.results import Seen, file_sha256, write_result
 from vtp.images import center_crop, to_uint8
 from vtp.metrics.extractors import Extractor, load_extractor
 
-FeatureName = Literal["cls", "patches", "latent"]
 FEATURES = {
     "cls": "class token after the final norm",
     "patches": "mean of the patch tokens after the final norm",
@@ -83,7 +83,7 @@ class Opened:
 
         return call
 
-    def features(self, name: FeatureName) -> Callable[[Tensor], Tensor]:
+    def features(self, name: str) -> Callable[[Tensor], Tensor]:
         """Images -> frozen features [b d], as `FEATURES` says."""
         if name not in FEATURES:
             raise ConfigError(f"features={name}: choose {', '.join(FEATURES)}")
@@ -153,7 +153,7 @@ def linear(
     data: str,
     *,
     label: str = "class",
-    features: FeatureName = "cls",
+    features: str = "cls",
     top: int | None = None,
     train_limit: int | None = None,
     cfg: EvalConfig = EvalConfig(),  # noqa: B008  frozen
@@ -180,7 +180,7 @@ def knn(
     data: str,
     *,
     label: str = "class",
-    features: FeatureName = "cls",
+    features: str = "cls",
     top: int | None = None,
     train_limit: int | None = None,
     cfg: EvalConfig = EvalConfig(),  # noqa: B008  frozen
@@ -196,7 +196,7 @@ def _probe(
     train_data: str,
     data: str,
     label: str,
-    features: FeatureName,
+    features: str,
     top: int | None,
     train_limit: int | None,
     cfg: EvalConfig,
@@ -296,7 +296,8 @@ def generation(
     network = open_extractor(extractor, device)
     samples = json.loads(path.read_text()) if (path := images / "samples.json").is_file() else {}
     source, seen = open_source(reference, cfg.annotations), Seen()
-    size = Image.open(files[0]).height
+    with Image.open(files[0]) as first:
+        size = first.height
 
     def real() -> Iterator[UInt8[Tensor, "b 3 h w"]]:
         batches: Iterable[tuple[Tensor, Any]]
@@ -307,18 +308,13 @@ def generation(
         for pictures, _ in seen.passing(batches):
             yield to_uint8(pictures)
 
-    metrics = generated.frechet(_pictures(files, cfg.batch_size), real(), network)
-    protocol = {"images": str(images), "num": len(files), "reference": reference, "reference_images": seen.count}
+    agreement = {} if judge is None else _agreement(files, samples, judge, label, device, cfg.batch_size)
+    metrics = generated.frechet(_pictures(files, cfg.batch_size), real(), network) | agreement
+    protocol = {"samples": str(images), "num": len(files), "reference": reference, "reference_images": seen.count}
     protocol |= _named(network) | {k: v for k, v in samples.items() if k != "num"}
     if label is not None:
         protocol["label"] = label
     if judge is not None:
-        if label is None or "classes" not in samples:
-            raise ConfigError("class agreement needs a label and samples of classes (a samples.json with classes)")
-        referee = load_judge(judge, device)
-        asked = _asked(list(samples["classes"]), referee.classes.get(label, ()), len(files), label)
-        pictures = _pictures(files, cfg.batch_size)
-        metrics |= generated.class_agreement(pictures, asked, lambda x: answers(referee, x)[label])
         protocol["judge_sha256"] = file_sha256(judge / "model.safetensors")
     weights = Path(samples["dit"]) / "model.safetensors" if "dit" in samples else None
     return write_result(
@@ -348,9 +344,7 @@ def _templates(source: Source, label: str, asked: str | Sequence[str] | None) ->
     if asked == "data" and own:
         return list(own), "of the data set"
     if asked == "openai":
-        from open_clip import OPENAI_IMAGENET_TEMPLATES
-
-        return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES], "of CLIP (openai)"
+        return _openai_templates(), "of CLIP (openai)"
     path = Path(asked)
     if not path.is_file():
         raise ConfigError(f"templates={asked}: choose openai, data or a file of templates, one a line")
@@ -359,26 +353,54 @@ def _templates(source: Source, label: str, asked: str | Sequence[str] | None) ->
     return [line.strip() for line in lines if line.strip()], f"of {path.name}"
 
 
+def _openai_templates() -> list[str]:
+    """The 80 templates, from open_clip's list; the file alone, since importing the package takes seconds."""
+    package = find_spec("open_clip")
+    assert package is not None and package.origin is not None  # a dependency of ours
+    spec = spec_from_file_location("open_clip_templates", Path(package.origin).with_name("zero_shot_metadata.py"))
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return [template("{}") for template in module.OPENAI_IMAGENET_TEMPLATES]
+
+
 def _named(network: Extractor | None) -> dict[str, str]:
     return {} if network is None else {"extractor": network.protocol}
 
 
 def _pictures(files: Sequence[Path], batch_size: int) -> Iterator[UInt8[Tensor, "b 3 h w"]]:
     for first in range(0, len(files), batch_size):
-        arrays = [np.asarray(Image.open(file).convert("RGB")) for file in files[first : first + batch_size]]
+        arrays = [_pixels(file) for file in files[first : first + batch_size]]
         sizes = {f"{a.shape[1]} x {a.shape[0]}" for a in arrays}
         if len(sizes) > 1:
             raise ConfigError(f"pictures of several sizes in {files[first].parent}: {', '.join(sorted(sizes))}")
         yield torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
-def _asked(names: Sequence[str], known: Sequence[str], num: int, label: str) -> Tensor:
-    """The judge's number of the class that each picture was asked to show: picture i is of class i modulo them all."""
+def _pixels(file: Path) -> UInt8[np.ndarray, "h w 3"]:
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _agreement(
+    files: Sequence[Path],
+    samples: dict[str, Any],
+    judge: Path,
+    label: str | None,
+    device: torch.device,
+    batch_size: int,
+) -> dict[str, float]:
+    """Class agreement of samples: picture i was asked to show class i modulo the classes in samples.json."""
+    if label is None or "classes" not in samples:
+        raise ConfigError("class agreement needs a label and samples of classes (a samples.json with classes)")
+    referee = load_judge(judge, device)
+    names, known = list(samples["classes"]), referee.classes.get(label, ())
     unknown = [name for name in names if name not in known]
     if unknown:
         there = ", ".join(known) or "none"
         raise ConfigError(f"the judge knows no class '{unknown[0]}' of '{label}'; it knows {there}")
-    return torch.tensor([known.index(names[i % len(names)]) for i in range(num)])
+    asked = torch.tensor([known.index(names[i % len(names)]) for i in range(len(files))])
+    return generated.class_agreement(_pictures(files, batch_size), asked, lambda x: answers(referee, x)[label])
 
 
 def _written(

@@ -1,0 +1,158 @@
+"""`vtp eval` as a user calls it: published folders and data in, results files out, and what bad input is told."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from vtp.config import ConfigError
+from vtp.data.sources import open_source
+from vtp.evaluation.judge import save_judge, train_judge
+from vtp.evaluation.run import EvalConfig, generation, knn, linear, reconstruction, zero_shot
+from vtp.models.config import DecoderConfig, ModelConfig, TextConfig, ViTConfig
+from vtp.models.vtp_hf import VTPConfig, VTPModel
+
+SMALL = EvalConfig(limit=40, batch_size=16, device="cpu")
+
+
+def save_tokenizer(folder, **parts):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        image_size=16,
+        vision=ViTConfig(patch_size=8, embed_dim=32, depth=1, num_heads=2, feature_bottleneck=8),
+        text=TextConfig(context_length=16, embed_dim=32, depth=1, num_heads=2),
+        decoder=DecoderConfig(embed_dim=32, depth=1, num_heads=2),
+        **parts,
+    )
+    VTPModel(VTPConfig.from_model_config(config)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("judge")
+    save_judge(train_judge(open_source("scenes"), ("shape",), size=16, images=64, epochs=1, width=4), folder)
+    return folder
+
+
+def with_out(path, **changes):
+    return EvalConfig(**{**SMALL.__dict__, "out": path, **changes})
+
+
+def test_zero_shot(tokenizer, tmp_path):
+    result = zero_shot(tokenizer, "scenes:test", label="shape", cfg=with_out(tmp_path / "zero.json"))
+    assert json.loads((tmp_path / "zero.json").read_text()) == result
+    assert result["task"] == "zero-shot" and result["metrics"]["chance"] == 1 / 8
+    protocol = result["protocol"]
+    assert protocol["images"] == 40 and protocol["classes"] == 8 and protocol["templates"] == "8 of the data set"
+    again = zero_shot(tokenizer, "scenes:test", label="shape", cfg=with_out(None, batch_size=7))
+    assert again["data_sha256"] == result["data_sha256"]
+    assert again["metrics"]["top1"] == pytest.approx(result["metrics"]["top1"], abs=0.05)
+
+
+def test_zero_shot_templates(tokenizer, tmp_path):
+    def used(templates):
+        return zero_shot(tokenizer, "scenes:test", label="shape", templates=templates, cfg=SMALL)["protocol"]
+
+    (tmp_path / "lines.txt").write_text("a {}\n\nthe {}\n")
+    (tmp_path / "list.json").write_text('["one {}"]')
+    assert used(str(tmp_path / "lines.txt"))["templates"] == "2 of lines.txt"
+    assert used(str(tmp_path / "list.json"))["templates"] == "1 of list.json"
+    assert used(["a {}", "my {}", "your {}"])["templates"] == "3 given"
+    assert used("openai")["templates"] == "80 of CLIP (openai)"
+    with pytest.raises(ConfigError, match="templates=imagenet: choose"):
+        used("imagenet")
+
+
+def test_top_keeps_the_commonest_classes_and_natural_images_get_clips_templates(tokenizer, tmp_path):
+    for name, count in {"cat": 3, "dog": 1, "owl": 2}.items():
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            Image.new("RGB", (20, 16), (40 * i, 90, 0)).save(tmp_path / name / f"{i}.png")
+    protocol = zero_shot(tokenizer, str(tmp_path), top=2, cfg=SMALL)["protocol"]
+    assert protocol["classes"] == 2 and protocol["images"] == 5
+    assert protocol["templates"] == "80 of CLIP (openai)"
+
+
+@pytest.mark.parametrize("features, width", [("cls", 32), ("patches", 32), ("latent", 8)])
+def test_probes(tokenizer, features, width):
+    for probe in (linear, knn):
+        result = probe(tokenizer, "scenes", "scenes:test", label="colour", features=features, train_limit=60, cfg=SMALL)
+        assert result["protocol"]["features"].startswith(features)
+        assert f"{width} numbers" in result["protocol"]["features"]
+        assert result["protocol"]["train_images"] == 60 and result["protocol"]["images"] == 40
+
+
+def test_probe_equals_in_bf16_but_for_rounding(tokenizer):
+    kwargs = {"label": "colour", "train_limit": 60}
+    full = knn(tokenizer, "scenes", "scenes:test", **kwargs, cfg=SMALL)
+    half = knn(tokenizer, "scenes", "scenes:test", **kwargs, cfg=with_out(None, precision="bf16"))
+    assert half["protocol"]["precision"] == "bf16"
+    assert half["metrics"]["top1"] == pytest.approx(full["metrics"]["top1"], abs=0.15)
+
+
+def test_reconstruction(tokenizer, judge):
+    result = reconstruction(tokenizer, "scenes:test", extractor=f"judge:{judge}", cfg=SMALL)
+    assert set(result["metrics"]) == {"psnr", "ssim", "rfd_judge"}
+    assert result["protocol"]["extractor"].startswith("judge ") and result["protocol"]["images"] == 40
+
+
+def test_generation(judge, tmp_path):
+    source = open_source("scenes:test")
+    for i, shard in enumerate(source.shards[:20]):
+        Image.fromarray(next(source.read(shard, 16)).image).save(tmp_path / f"{i:06d}.png")
+    Image.new("RGB", (99, 99)).save(tmp_path / "grid.png")  # a contact sheet is no sample
+    samples = {"num": 20, "seed": 4, "cfg_scale": 2.0, "classes": {"star": 3, "circle": 0}, "dit": str(tmp_path)}
+    (tmp_path / "samples.json").write_text(json.dumps(samples))
+    result = generation(
+        tmp_path, "scenes:test", extractor=f"judge:{judge}", judge=judge, label="shape", cfg=with_out(None)
+    )
+    assert set(result["metrics"]) == {"gfd_judge", "class_agreement"}
+    assert result["protocol"]["cfg_scale"] == 2.0 and result["protocol"]["num"] == 20 and result["seed"] == 4
+    Image.new("RGB", (8, 8)).save(tmp_path / "000020.png")
+    with pytest.raises(ConfigError, match="several sizes.*16 x 16, 8 x 8"):
+        generation(tmp_path, "scenes:test", extractor=f"judge:{judge}", cfg=SMALL)
+
+
+def test_bad_input_is_one_clear_error(tokenizer, judge, tmp_path):
+    cases = {
+        "no tokenizer in": lambda: zero_shot(tmp_path, "scenes:test", label="shape", cfg=SMALL),
+        "size=20 is not a multiple": lambda: reconstruction(tokenizer, "scenes:test", cfg=with_out(None, size=20)),
+        "no label 'breed'": lambda: zero_shot(tokenizer, "scenes:test", label="breed", cfg=SMALL),
+        "both scenes:test": lambda: linear(tokenizer, "scenes:test", "scenes:test", label="shape", cfg=SMALL),
+        "choose cls, patches, latent": lambda: knn(
+            tokenizer, "scenes", "scenes:test", label="shape", features="deep", train_limit=30, cfg=SMALL
+        ),
+        "no data at": lambda: reconstruction(tokenizer, str(tmp_path / "gone.tar"), cfg=SMALL),
+        "no pictures in": lambda: generation(tmp_path, "scenes:test", extractor=f"judge:{judge}", cfg=SMALL),
+        "choose inception": lambda: reconstruction(tokenizer, "scenes:test", extractor="vgg", cfg=SMALL),
+    }
+    for message, call in cases.items():
+        with pytest.raises(ConfigError, match=message):
+            call()
+
+
+def test_a_tokenizer_without_the_part_is_refused(tmp_path):
+    blind = save_tokenizer(tmp_path / "ae", train_clip=False)
+    with pytest.raises(ConfigError, match="train_clip=true"):
+        zero_shot(blind, "scenes:test", label="shape", cfg=SMALL)
+    mute = save_tokenizer(tmp_path / "clip", train_reconstruction=False)
+    with pytest.raises(ConfigError, match="train_reconstruction=true"):
+        reconstruction(mute, "scenes:test", cfg=SMALL)
+
+
+def test_the_class_asked_for_must_be_known_to_the_judge(judge, tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "000000.png")
+    Image.new("RGB", (16, 16)).save(tmp_path / "000001.png")
+    (tmp_path / "samples.json").write_text(json.dumps({"classes": {"teapot": 0}}))
+    with pytest.raises(ConfigError, match="no class 'teapot'"):
+        generation(tmp_path, "scenes:test", extractor=f"judge:{judge}", judge=judge, label="shape", cfg=SMALL)
+    (tmp_path / "samples.json").unlink()
+    with pytest.raises(ConfigError, match="samples.json"):
+        generation(tmp_path, "scenes:test", extractor=f"judge:{judge}", judge=judge, label="shape", cfg=SMALL)

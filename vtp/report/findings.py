@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 COLLAPSED = 0.5  # of ln K: a mean prediction below this means most prototypes are unused
 UNIFORM = 0.95  # of ln K: single predictions above this say nothing about their image
+BEGUN = 0.8  # of ln K: single predictions below this told images apart
 UNLEARNED = 0.98  # of ln K: a self-distillation loss above this has not left the uniform answer
 TIE = 0.05  # relative difference of distances below which one seed decides nothing
 
@@ -39,6 +40,8 @@ KINDS = (
     Kind(r"[rg]?fd(_.+)?", "Fréchet distance", -1),
     Kind(r"kid", "KID", -1),
     Kind(r"inception_score|is", "Inception score", 1),
+    Kind(r"held_out_accuracy", "accuracy on the training images that chose the penalty", 0, "%"),
+    Kind(r"mean_top_?1", "top-1 accuracy, mean over classes", 1, "%"),
     Kind(r"class_agreement|agreement", "class agreement", 1, "%"),
     Kind(r"precision", "precision", 1, "%"),
     Kind(r"recall", "recall", 1, "%"),
@@ -47,8 +50,9 @@ KINDS = (
     Kind(r"chance(_.+)?", "chance", 0, "%"),
 )
 FRECHET = re.compile(r"[rg]?(fid|fd(_.+)?)")
-# Where a result was computed is not how: these may differ between runs that are compared.
-WHEREABOUTS = ("tokenizer", "model", "images", "samples", "dit", "latents", "out", "batch_size", "device")
+SECONDARY = re.compile(r"top_?5|mean_top_?1|chance|held_out_accuracy|penalty")  # not in the short table
+# What was measured, or where it lay, is not how: these may differ between runs that are compared.
+WHEREABOUTS = ("tokenizer", "model", "images", "samples", "dit", "latents", "out", "tokenizer_sha256", "dit_sha256")
 
 
 def kind(metric: str) -> Kind:
@@ -56,21 +60,26 @@ def kind(metric: str) -> Kind:
     name = metric.rsplit(".", 1)[-1]
     found = next((k for k in KINDS if re.fullmatch(k.pattern, name)), Kind("", "", 0))
     feature = re.fullmatch(r"[rg]?fd_(.+)", name)
-    label = found.label or name.replace("_", " ")
+    label = found.label or re.sub(r"^top_?(\d+)$", r"top-\1 accuracy", name).replace("_", " ")
     return found._replace(label=f"{label} ({feature[1]})" if feature else label)
 
 
 def show(metric: str, value: float) -> str:
-    """A value as a reader wants it: shares in per cent, four figures otherwise."""
-    if kind(metric).unit == "%" and 0 <= value <= 1:
+    """A value as a reader wants it: shares in per cent, figures of one size with as many decimals."""
+    unit = kind(metric).unit
+    if unit == "%" and 0 <= value <= 1:
         return f"{100 * value:.1f} %"
-    text = f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
-    return f"{text} {kind(metric).unit}" if kind(metric).unit == "dB" else text
+    if unit == "dB":
+        return f"{value:.2f} dB"
+    size = abs(value)
+    decimals = 0 if size >= 1000 or (value == int(value) and kind(metric).better == 0) else 1 if size >= 100 else 2
+    return f"{value:,.{decimals if size >= 1 or decimals == 0 else 3}f}"
 
 
 class Row(NamedTuple):
     """One figure of all runs; `best` is the index of the winning run, None where they cannot be compared."""
 
+    metric: str
     label: str
     shown: list[str | None]
     values: list[float | None]
@@ -81,10 +90,22 @@ class Row(NamedTuple):
 class Group(NamedTuple):
     """The rows of one results file, with the protocol they were measured under."""
 
-    title: str
+    task: str
+    subject: str  # what tells it from others of its task: label, features, guidance
     protocol: str
     rows: list[Row]
     same_protocol: bool
+
+    @property
+    def title(self) -> str:
+        """Task and subject."""
+        return f"{self.task}: {self.subject}" if self.subject else self.task
+
+    def main(self) -> list[Row]:
+        """The rows of the short table, with the chance level where it is known."""
+        chance = next((r for r in self.rows if r.metric == "chance"), None)
+        level = "" if chance is None else next(f" (chance {text})" for text in chance.shown if text is not None)
+        return [row._replace(label=row.label + level) for row in self.rows if not SECONDARY.fullmatch(row.metric)]
 
 
 def key_figures(runs: Sequence[Run]) -> list[Group]:
@@ -113,13 +134,19 @@ def _group(stem: str, runs: Sequence[Run]) -> Group:
             best = values.index((max if better > 0 else min)(known))
         prefix = name.rsplit(".", 1)[0].replace(".", " ") + " " if "." in name else ""
         shown = [None if v is None else show(name, v) for v in values]
-        rows.append(Row(prefix + kind(name).label, shown, values, better, best))
-    return Group(_title(stem, first), _protocol(first), rows, same)
+        rows.append(Row(name, prefix + kind(name).label, shown, values, better, best))
+    return Group(str(first.get("task", stem)), _subject(first), _protocol(first), rows, same)
 
 
-def _title(stem: str, result: Mapping[str, Any]) -> str:
-    task, label = str(result.get("task", stem)), _label(result)
-    return f"{task}: {label}" if label else task
+def _subject(result: Mapping[str, Any]) -> str:
+    parts = [_label(result)]
+    protocol = result.get("protocol")
+    if isinstance(protocol, Mapping):
+        if isinstance(protocol.get("features"), str):
+            parts.append(protocol["features"].partition(":")[0] + " features")
+        if isinstance(protocol.get("cfg_scale"), int | float):
+            parts.append(f"guidance {protocol['cfg_scale']:g}")
+    return ", ".join(part for part in parts if part)
 
 
 def _label(result: Mapping[str, Any]) -> str:
@@ -132,6 +159,8 @@ def _protocol(result: Mapping[str, Any]) -> str:
     protocol = result.get("protocol", {})
     parts = []
     for name, value in protocol.items() if isinstance(protocol, Mapping) else [("", protocol)]:
+        if _whereabouts(name, value) or str(name).endswith("_sha256"):  # the whole file is on the page as well
+            continue
         if isinstance(value, list | dict) and len(json.dumps(value)) > 60:
             value = f"{len(value)} of them"
         parts.append(f"{str(name).replace('_', ' ')}: {value}" if name else str(value))
@@ -140,17 +169,23 @@ def _protocol(result: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
+def _whereabouts(name: str, value: Any) -> bool:
+    return isinstance(value, str) and name in WHEREABOUTS
+
+
 def _comparable(run: Run, result: Mapping[str, Any]) -> str:
     """The protocol without the places of files."""
     protocol = result.get("protocol", {})
     if isinstance(protocol, Mapping):
-        protocol = {k: v for k, v in protocol.items() if k not in WHEREABOUTS and not k.endswith("_sha256")}
+        protocol = {k: v for k, v in protocol.items() if not _whereabouts(k, v)}
+    protocol = [protocol, result.get("data_sha256")]
     return json.dumps(protocol, sort_keys=True, default=str).replace(str(run.path), "")
 
 
-def find_result(run: Run, task: str) -> dict[str, Any] | None:
-    """The first result of a task."""
-    return next((r for r in run.results.values() if r.get("task") == task), None)
+def find_results(run: Run, task: str) -> dict[str, dict[str, Any]]:
+    """The results of a task by file; the file that bears the task's name first."""
+    found = {stem: r for stem, r in run.results.items() if r.get("task") == task}
+    return dict(sorted(found.items(), key=lambda item: item[0] != task))
 
 
 # --- the teacher ---
@@ -182,7 +217,8 @@ def teacher(run: Run) -> Teacher | None:
     ceiling = math.log(k)
     losses = [loss for loss in (run.mean_of_last("dino"), run.mean_of_last("ibot")) if loss is not None]
     silent = single > UNIFORM * ceiling
-    had_started = min(line.get("teacher_entropy_single", ceiling) for line in run.metrics) < 0.8 * ceiling
+    later = run.metrics[len(run.metrics) // 10 :]  # a random head may begin with opinions
+    had_started = min(line.get("teacher_entropy_single", ceiling) for line in later) < BEGUN * ceiling
     figures = (
         f"At the end the mean prediction has an entropy of {mean:.2f} nats (it uses as many as {math.exp(mean):.0f} of "
         f"{k} prototypes evenly used would) and single predictions one of {single:.2f}, against ln K = {ceiling:.2f}."
@@ -190,9 +226,7 @@ def teacher(run: Run) -> Teacher | None:
     if mean < COLLAPSED * ceiling:
         return Teacher("collapsed", f"Collapsed: nearly all images get the same few prototypes. {figures}")
     if silent and had_started:
-        return Teacher(
-            "collapsed", f"Collapsed to the uniform answer, after it had begun to tell images apart. {figures}"
-        )
+        return Teacher("collapsed", f"Collapsed: back at the uniform answer after it had begun to differ. {figures}")
     if silent:
         return Teacher("not started", f"Not started: single predictions are still nearly uniform. {figures}")
     if losses and min(losses) > UNLEARNED * ceiling:
@@ -214,9 +248,12 @@ class Answer(NamedTuple):
 class Distances(NamedTuple):
     """Frechet distances of one run to real images, under one feature network."""
 
-    features: str
+    features: str  # the figure's name, without r or g
+    network: str  # the features as the protocol describes them
+    how: str  # the samples were drawn: guidance, or the results file
     reconstruction: float | None
     generation: float
+    counts: tuple[Any, Any]  # pictures measured: reconstructions, samples
 
     @property
     def added(self) -> float | None:
@@ -239,41 +276,55 @@ def understands(run: Run) -> bool | None:
     return any(weights.get(name, 0) > 0 for name in ("clip", "ssl"))
 
 
-def distances(run: Run) -> Distances | None:
-    """Distances of samples and of reconstructions in the same features; None without the former."""
-    generation, reconstruction = find_result(run, "generation"), find_result(run, "reconstruction")
-    if generation is None:
-        return None
-    metrics = dict(numbers(generation["metrics"]))
-    name = next((n for n in metrics if FRECHET.fullmatch(n)), None)
-    if name is None:
-        return None
-    features = name.lstrip("rg")
-    rec = {n.lstrip("rg"): v for n, v in numbers(reconstruction["metrics"])} if reconstruction is not None else {}
-    return Distances(features, rec.get(features), metrics[name])
+def distances(run: Run) -> list[Distances]:
+    """Distances of samples and of reconstructions in the same features, one for every way samples were drawn."""
+    reconstruction = next(iter(find_results(run, "reconstruction").values()), None)
+    rec = {} if reconstruction is None else {_figure(n): v for n, v in numbers(reconstruction["metrics"])}
+    found = []
+    for stem, result in find_results(run, "generation").items():
+        metrics = dict(numbers(result["metrics"]))
+        name = next((n for n in metrics if FRECHET.fullmatch(n)), None)
+        if name is None:
+            continue
+        protocol = result["protocol"] if isinstance(result.get("protocol"), Mapping) else {}
+        of_rec = {} if reconstruction is None else reconstruction.get("protocol", {})
+        scale = protocol.get("cfg_scale")
+        how = f"guidance {scale:g}" if isinstance(scale, int | float) else stem
+        network = str(protocol.get("extractor", _figure(name)))
+        same = of_rec.get("extractor") == protocol.get("extractor")
+        counts = (of_rec.get("images"), protocol.get("num"))
+        found.append(
+            Distances(_figure(name), network, how, rec.get(_figure(name)) if same else None, metrics[name], counts)
+        )
+    return found
+
+
+def _figure(metric: str) -> str:
+    return re.sub(r"^[rg](?=fi?d)", "", metric)
 
 
 def question(runs: Sequence[Run]) -> list[Answer]:
     """Compare every run that understands with the first that only reconstructs; [] where the files cannot say."""
-    baseline = next((r for r in runs if understands(r) is False and distances(r) is not None), None)
-    learned = [r for r in runs if understands(r) and distances(r) is not None]
+    baseline = next((r for r in runs if understands(r) is False and distances(r)), None)
+    learned = [r for r in runs if understands(r) and distances(r)]
     return [] if baseline is None else [_answer(run, baseline) for run in learned]
 
 
 def _answer(run: Run, baseline: Run) -> Answer:
-    ours, theirs = distances(run), distances(baseline)
-    assert ours is not None and theirs is not None
+    (ours, *other_ours), (theirs, *other_theirs) = distances(run), distances(baseline)
     a, b = run.name, baseline.name
-    if ours.features != theirs.features:
-        return Answer(
-            "The files do not say.",
-            [f"{a} was measured in {ours.features} and {b} in {theirs.features}; those distances cannot be compared."],
-        )
+    if (ours.network, ours.how) != (theirs.network, theirs.how):
+        why = f"{a} was measured in {ours.network} with {ours.how}, {b} in {theirs.network} with {theirs.how}"
+        return Answer("The files do not say.", [f"{why}; those distances cannot be compared."])
     closer, added = _relative(ours.generation, theirs.generation), None
     sentences = [_samples_sentence(a, b, ours, theirs, closer)]
     if ours.added is not None and theirs.added is not None:
         added = _relative(ours.added, theirs.added)
         sentences.append(_added_sentence(a, b, ours, theirs, added))
+    for ours, theirs in zip(other_ours, other_theirs, strict=False):
+        if (ours.network, ours.how) == (theirs.network, theirs.how):
+            figures = f"{a} {ours.text('generation')}, {b} {theirs.text('generation')}"
+            sentences.append(f"With {ours.how} the samples are at {figures}.")
     if abs(closer) < TIE:
         headline = "Too close to call in this run."
     elif closer < 0:
@@ -282,7 +333,7 @@ def _answer(run: Run, baseline: Run) -> Answer:
         headline = "Not by the samples; yes by what generation adds to reconstruction."
     else:
         headline = "No, not in this run."
-    return Answer(headline, sentences + _budget_sentences(run, baseline))
+    return Answer(headline, [" ".join(sentences), " ".join(_budget_sentences(run, baseline))])
 
 
 def _relative(x: float, y: float) -> float:
@@ -291,11 +342,11 @@ def _relative(x: float, y: float) -> float:
 
 
 def _samples_sentence(a: str, b: str, ours: Distances, theirs: Distances, closer: float) -> str:
-    figures = f"{a} {ours.text('generation')}, {b} {theirs.text('generation')}"
+    figures = f"with {ours.how}: {a} {ours.text('generation')}, {b} {theirs.text('generation')}"
     if abs(closer) < TIE:
-        return f"Samples drawn from both latent spaces lie equally far from real images, within {TIE:.0%} ({figures})."
+        return f"Samples from both latent spaces lie equally far from real images, within {TIE:.0%} ({figures})."
     winner = a if closer < 0 else b
-    return f"Samples from {winner}'s latent space are closer to real images ({figures}; {abs(closer):.0%} apart)."
+    return f"Samples from {winner}'s latent space are closer to real images ({figures}; {abs(closer):.0%} lower)."
 
 
 def _added_sentence(a: str, b: str, ours: Distances, theirs: Distances, added: float) -> str:
@@ -377,10 +428,10 @@ def summary(run: Run) -> str:
         parts.append(f"in {duration(seconds)}")
     if hardware(run):
         parts.append(f"on {hardware(run)}")
-    said = list(_said(run))
     text = " ".join(parts) + "."
+    said = "; ".join(_said(run))
     if said:
-        text += " On held-out images it " + (", ".join(said[:-1]) + " and " if len(said) > 1 else "") + said[-1] + "."
+        text += f" On held-out images: {said}."
     state = teacher(run)
     return text + (f" Its teacher has {_TEACHER[state.state]}." if state is not None else "")
 
@@ -390,18 +441,18 @@ _TEACHER = {"collapsed": "collapsed", "not started": "not started to learn", "no
 
 def _said(run: Run) -> Iterator[str]:
     """Headline figures as clauses."""
-    shots = [(r, _metric(r, r"(top_?@?1|accuracy)")) for r in run.results.values() if r.get("task") == "zero-shot"]
-    named = [f"{_label(r) or 'the class'} {value:.0%}" for r, value in shots if value is not None]
-    if named:
-        yield f"names, never having been given a label, {', '.join(named)} right"
-    result = find_result(run, "linear")
-    value = None if result is None else _metric(result, r"(top_?@?1|accuracy)")
-    if result is not None and value is not None:
-        yield f"lets a linear probe read {_label(result) or 'the class'} at {value:.0%}"
-    result = find_result(run, "reconstruction")
-    value = None if result is None else _metric(result, "psnr")
+    for task, how in (("zero-shot", "by zero-shot"), ("linear", "by a linear probe")):
+        named = []
+        for result in find_results(run, task).values():
+            share, chance = _metric(result, r"top_?@?1|accuracy"), _metric(result, "chance")
+            if share is not None and "latent" not in _subject(result):
+                named.append(f"{_label(result) or 'class'} {share:.0%}")
+                named[-1] += "" if chance is None else f" (chance {chance:.0%})"
+        if named:
+            yield f"{', '.join(named)} right {how}"
+    value = next((_metric(r, "psnr") for r in find_results(run, "reconstruction").values()), None)
     if value is not None:
-        yield f"reconstructs at {value:.1f} dB PSNR"
+        yield f"reconstruction at {value:.1f} dB PSNR"
 
 
 def _metric(result: Mapping[str, Any], pattern: str) -> float | None:
@@ -422,7 +473,7 @@ def summary_table(runs: Sequence[Path]) -> Table:
     for column in table.columns[1:-1]:
         column.justify = "right"
     for group in key_figures(read):
-        for row in group.rows:
+        for row in group.main():
             cells = [
                 "" if text is None else f"[bold]{escape(text)}[/]" if i == row.best else escape(text)
                 for i, text in enumerate(row.shown)

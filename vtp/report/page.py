@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from importlib import resources
+from itertools import groupby
 from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from PIL import Image
 from vtp.report import findings, pictures, plots
 from vtp.report.findings import duration, show
 from vtp.report.pictures import Confusion, HeldOut, Hit, Retrieval, Tokenizer
-from vtp.report.runs import Run, numbers, read_runs
+from vtp.report.runs import Run, read_runs
 
 LOSSES = {
     "total": "Total <span>weighted sum</span>",
@@ -40,7 +41,8 @@ MACHINERY = {
     "images_per_second": "Speed <span>images/s</span>",
     "logit_scale": "Logit scale <span>1 / temperature</span>",
 }
-NOT_CURVES = ("step", "images", "seconds", "teacher_entropy_mean", "teacher_entropy_single")
+TEACHER = {"teacher_entropy_mean": "mean prediction", "teacher_entropy_single": "single predictions"}
+NOT_CURVES = ("step", "images", "seconds", *TEACHER)
 LOSSLESS = 128  # pixels: larger pictures are kept as JPEG, or the page grows heavy
 SHEET = 4  # samples shown of each class
 
@@ -124,7 +126,7 @@ def _open(runs: Sequence[Run], data: str | None, annotations: str | None) -> lis
                 run.notes.append("Neither the configuration nor a result names data, so no pictures were computed.")
             continue
         try:
-            tokenizer = Tokenizer(run)
+            tokenizer = Tokenizer(run.tokenizer)
             key = (source, table, tokenizer.size)
             if key not in opened:
                 opened[key] = Group(pictures.read_held_out(*key), held_out, [])
@@ -216,21 +218,37 @@ def _key_figures(runs: Sequence[Run]) -> str:
     groups = findings.key_figures(runs)
     if not groups:
         return ""
-    heads = "".join(f'<th class="value">{escape(run.name)}</th>' for run in runs)
-    html = f"<table class='figures'><thead><tr><th>figure</th>{heads}<th></th></tr></thead><tbody>"
+    short = ""
+    for task, of_task in groupby(groups, key=lambda group: group.task):
+        short += f'<tr class="group"><th colspan="{len(runs) + 2}">{escape(task)}</th></tr>'
+        for group in of_task:
+            before = f"{group.subject}: " if group.subject else ""
+            short += "".join(_row(row, before) for row in group.main())
+    full = ""
     for group in groups:
         note = group.protocol if group.same_protocol else f"{group.protocol} (protocols differ: no best is marked)"
-        html += f'<tr class="group"><th colspan="{len(runs) + 2}">{escape(group.title)}'
-        html += f'<span class="note">{escape(note)}</span></th></tr>'
-        for row in group.rows:
-            cells = "".join(
-                f'<td class="value">{"&ndash;" if text is None else _best(escape(text), i == row.best)}</td>'
-                for i, text in enumerate(row.shown)
-            )
-            better = {1: "higher is better", -1: "lower is better"}.get(row.better, "")
-            html += f'<tr><th>{escape(row.label)}</th>{cells}<td class="better">{better}</td></tr>'
+        full += f'<tr class="group"><th colspan="{len(runs) + 2}">{escape(group.title)}'
+        full += f'<span class="note">{escape(note)}</span></th></tr>' + "".join(_row(row) for row in group.rows)
     legend = '<p class="note"><span class="best">best</span> of the runs, one seed each.</p>' if len(runs) > 1 else ""
-    return f'{legend}<div class="scroll">{html}</tbody></table></div>'
+    return (
+        f"{legend}{_table(runs, short)}<details><summary>Every figure with its protocol</summary>"
+        f"{_table(runs, full)}</details>"
+    )
+
+
+def _table(runs: Sequence[Run], body: str) -> str:
+    heads = "".join(f'<th class="value">{escape(run.name)}</th>' for run in runs)
+    head = f"<thead><tr><th>figure</th>{heads}<th></th></tr></thead>"
+    return f'<div class="scroll"><table class="figures">{head}<tbody>{body}</tbody></table></div>'
+
+
+def _row(row: findings.Row, before: str = "") -> str:
+    cells = "".join(
+        f'<td class="value">{"&ndash;" if text is None else _best(escape(text), i == row.best)}</td>'
+        for i, text in enumerate(row.shown)
+    )
+    better = {1: "higher is better", -1: "lower is better"}.get(row.better, "")
+    return f'<tr><th>{escape(before + row.label)}</th>{cells}<td class="better">{better}</td></tr>'
 
 
 def _best(text: str, best: bool) -> str:
@@ -239,7 +257,8 @@ def _best(text: str, best: bool) -> str:
 
 def _curves(runs: Sequence[Run]) -> str:
     names = list(dict.fromkeys(name for run in runs for name in run.losses() if name not in NOT_CURVES))
-    losses = [name for name in LOSSES if name in names]
+    alike = len({frozenset(LOSSES) & frozenset(run.losses()) for run in runs if run.metrics}) == 1
+    losses = [name for name in LOSSES if name in names and (alike or name != "total")]  # unlike sums do not compare
     rest = [name for name in names if name not in LOSSES]
     html = "".join(_panel(runs, name, LOSSES[name]) for name in losses)
     diffusion = list(dict.fromkeys(n for run in runs for line in run.dit_metrics for n in line))
@@ -289,9 +308,7 @@ def _reference(runs: Sequence[Run], name: str) -> tuple[float, str] | None:
     else:
         return None
     value = values.pop() if len(values) == 1 else None
-    return (
-        None if value is None else (math.log(value), f"ln {symbol}, K = {value}" if symbol == "K" else "ln B, chance")
-    )
+    return None if value is None else (math.log(value), f"ln {symbol}, {symbol} = {value}")
 
 
 def _global_batch(run: Run) -> int | None:
@@ -308,7 +325,10 @@ def _teacher(runs: Sequence[Run]) -> str:
                 run.notes.append("The teacher's entropies were not logged (or K is unknown), so it was not judged.")
             continue
         curves = []
-        for field, name in (("teacher_entropy_mean", "mean prediction"), ("teacher_entropy_single", "single ones")):
+        for field, name in (
+            ("teacher_entropy_mean", "mean prediction"),
+            ("teacher_entropy_single", "single predictions"),
+        ):
             lines = [line for line in run.metrics if field in line]
             curves.append(plots.Curve(*_xy(lines, field), index, name))
         drawing = plots.panel(curves, f"teacher entropies of {run.name}", (math.log(k), f"ln K, K = {k}"), floor=0.0)
@@ -344,7 +364,7 @@ def _reconstructions(groups: Sequence[Group]) -> str:
             continue
         shown = group.held_out.shown()
         made = [(i, run, tokenizer.reconstructions(shown)) for i, run, tokenizer in drawing]
-        html += _about(group) + '<div class="cards">'
+        html += _about(group, drawing) + f'<div class="cards" style="--tiles:{1 + len(made)}">'
         for n, sample in enumerate(shown):
             tiles = _tile(made[0][2][0][n], "original")
             tiles += "".join(_tile(rec[n], f"{run.name} {db[n]:.1f} dB") for _, run, (_, rec, db) in made)
@@ -358,7 +378,7 @@ def _features(groups: Sequence[Group]) -> str:
     for group in groups:
         shown = group.held_out.shown()
         made = [(run, tokenizer.feature_colours(shown)) for _, run, tokenizer in group.runs]
-        html += _about(group) + '<div class="cards">'
+        html += _about(group, group.runs) + f'<div class="cards" style="--tiles:{1 + len(made)}">'
         for n in range(len(shown)):
             tiles = _tile(made[0][1][0][n], "image")
             tiles += "".join(_tile(colours[n], run.name) for run, (_, colours) in made)
@@ -375,21 +395,18 @@ def _confusions(groups: Sequence[Group]) -> str:
     html = ""
     for group in groups:
         aligned = [(i, run, t) for i, run, t in group.runs if t.aligned]
-        labels = group.held_out.classes if aligned else ()
-        for label in labels:
-            cells = ""
-            for index, run, tokenizer in aligned:
-                confusion = tokenizer.confusion(group.held_out, label)
+        seen = [(i, run, t, t.image_features(group.held_out.samples)) for i, run, t in aligned]
+        cards = ""
+        for label in group.held_out.classes:
+            for index, run, tokenizer, features in seen:
+                confusion = tokenizer.confusion(group.held_out, features, label)
                 if confusion is not None:
-                    cells += f"<div>{_key(index, run) if len(aligned) > 1 else ''}{_heat(confusion)}</div>"
-            if cells:
-                html += f'<details class="confusions" open><summary>{escape(label)}</summary>'
-                html += f'<div class="columns">{cells}</div></details>'
-        if html and labels:
-            html = _about(group) + html
+                    key = _key(index, run) if len(seen) > 1 else ""
+                    cards += f'<div class="card"><h3>{escape(label)} {key}</h3>{_heat(confusion)}</div>'
+        html += f'{_about(group, aligned)}<div class="cards loose">{cards}</div>' if cards else ""
     text = (
         "Classes are named to the text tower only: prompts, no training on labels. Rows: the truth, columns: the "
-        "answer, each row as shares of its images; the outlined diagonal is right."
+        "answer, each row in per cent of its images; the outlined diagonal is right."
     )
     return html and f"<p class='note'>{text}</p>{html}"
 
@@ -414,7 +431,7 @@ def _heat(confusion: Confusion) -> str:
     if confusion.left_out:
         said += f"; {confusion.left_out} rarer classes left out"
     return (
-        f'<p>{said}{"" if dense else " <span class=note>(cells in per cent)</span>"}</p><div class="scroll">'
+        f'<p class="note">{said}</p><div class="scroll">'
         f'<table class="confusion{" dense" * dense}"><thead><tr><th></th>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
@@ -423,12 +440,10 @@ def _heat(confusion: Confusion) -> str:
 def _retrieval(groups: Sequence[Group]) -> str:
     html = ""
     for group in groups:
-        cells = ""
-        for index, run, tokenizer in group.runs:
-            found = tokenizer.retrieval(group.held_out) if tokenizer.aligned else None
-            if found is not None:
-                cells += _found(found, _key(index, run) if len(groups[0].runs) > 1 else "")
-        html += _about(group) + cells if cells else ""
+        aligned = [(i, run, t) for i, run, t in group.runs if t.aligned]
+        found = [(_key(i, run) if len(aligned) > 1 else "", t.retrieval(group.held_out)) for i, run, t in aligned]
+        cells = "".join(_found(retrieval, key) for key, retrieval in found if retrieval is not None)
+        html += _about(group, aligned) + cells if cells else ""
     return html
 
 
@@ -526,42 +541,40 @@ def _sheet(rows: Mapping[str, Sequence[UInt8[ndarray, "h w 3"]]]) -> str:
 
 
 def _distance_table(runs: Sequence[Run]) -> str:
-    found = [findings.distances(run) for run in runs]
-    known = [d for d in found if d is not None]
-    if not known:
+    """Reconstructions, then for every way of drawing samples: samples, difference, class agreement."""
+    tables = [{d.how: d for d in findings.distances(run)} for run in runs]
+    hows = list(dict.fromkeys(how for table in tables for how in table))
+    if not hows:
         return ""
-    rows = ""
-    for field, label in (
-        ("reconstruction", "reconstructions to real images"),
-        ("generation", "samples to real images"),
-        ("added", "difference: what generation adds"),
-    ):
-        values = [None if d is None else getattr(d, field) for d in found]
-        numeric = [v for v in values if v is not None]
-        fair = len(numeric) > 1 and len({d.features for d in known}) == 1 and len(set(numeric)) > 1
-        cells = "".join(
-            f'<td class="value">{"&ndash;" if v is None else _best(show("fd", v), fair and v == min(numeric))}</td>'
-            for v in values
-        )
-        rows += f"<tr><th>{label}</th>{cells}</tr>" if numeric else ""
-    agreement = [_agreement(run) for run in runs]
-    if any(a is not None for a in agreement):
-        cells = "".join(f'<td class="value">{"&ndash;" if a is None else f"{a:.1%}"}</td>' for a in agreement)
-        rows += f"<tr><th>samples that a classifier takes for the asked class</th>{cells}</tr>"
-    features = " and ".join(dict.fromkeys(d.features for d in known))
-    heads = "".join(f'<th class="value">{escape(run.name)}</th>' for run in runs)
+    known = [d for table in tables for d in table.values()]
+    fair = len({d.network for d in known}) == 1
+    first = [next(iter(table.values()), None) for table in tables]
+    rows = _distances("reconstructions", [None if d is None else d.reconstruction for d in first], fair)
+    for how in hows:
+        of_how = [table.get(how) for table in tables]
+        rows += _distances(f"samples, {how}", [None if d is None else d.generation for d in of_how], fair)
+        added = [None if d is None else d.added for d in of_how]
+        rows += _distances("difference: what generation adds", added, fair)
+    for group in findings.key_figures(runs):
+        rows += "".join(_row(r, f"{group.subject}: ") for r in group.rows if r.metric == "class_agreement")
+    networks = " and ".join(dict.fromkeys(f"{d.features} ({d.network})" for d in known))
+    counts = list(dict.fromkeys(d.counts for d in known if None not in d.counts and d.counts[0] != d.counts[1]))
+    uneven = "".join(
+        f" {n_rec:,} reconstructions and {n_gen:,} samples were measured; a smaller set reads higher, so part of the "
+        "difference is the same for any tokenizer."
+        for n_rec, n_gen in counts[:1]
+    )
     return (
-        f"<p class='note'>Fr&eacute;chet distances, lower is better, in the features of <b>{escape(features)}</b>; "
-        "the protocols stand under Key figures.</p>"
-        f'<div class="scroll"><table class="figures" style="width:auto"><thead><tr><th></th>{heads}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
+        f"<p class='note'>Fr&eacute;chet distances to real images, lower is better: <b>{escape(networks)}</b>.{uneven}"
+        f"</p>{_table(runs, rows)}"
     )
 
 
-def _agreement(run: Run) -> float | None:
-    result = findings.find_result(run, "generation")
-    values = {} if result is None else dict(numbers(result["metrics"]))
-    return next((v for name, v in values.items() if name.endswith("agreement")), None)
+def _distances(label: str, values: Sequence[float | None], fair: bool) -> str:
+    known = [v for v in values if v is not None]
+    best = values.index(min(known)) if fair and len(set(known)) > 1 else None
+    shown = [None if v is None else show("fd", v) for v in values]
+    return _row(findings.Row("fd", label, shown, list(values), 0, best)) if known else ""
 
 
 def _files(runs: Sequence[Run]) -> str:
@@ -598,9 +611,9 @@ def _legend(runs: Sequence[Run]) -> str:
     return "<p>" + "".join(_key(i, run) for i, run in enumerate(runs)) + "</p>" if len(runs) > 1 else ""
 
 
-def _about(group: Group) -> str:
+def _about(group: Group, runs: Sequence[tuple[int, Run, Tokenizer]]) -> str:
     kind = "held-out images" if group.is_held_out else "training images (no held-out data is known: give data)"
-    names = " and ".join(run.name for _, run, _ in group.runs)
+    names = " and ".join(run.name for _, run, _ in runs)
     return f"<p class='note'>{escape(names)} on {kind} of <code>{escape(group.held_out.data)}</code>.</p>"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,11 +18,10 @@ from torch import Tensor
 
 from vtp.data.decode import BadImage, decode
 from vtp.data.sources import Source, open_source
+from vtp.evaluation.run import EvalConfig, Opened
+from vtp.evaluation.zero_shot import text_classifier
 from vtp.images import center_crop, denormalise, normalise, squash, to_uint8
 from vtp.metrics.fidelity import psnr
-from vtp.models.vtp_hf import VTPModel
-from vtp.report.runs import Run
-from vtp.tokenizers import get_tokenizer
 
 SHOWN = 8  # images whose reconstructions and features are shown
 RETRIEVAL_POOL = 200  # image-caption pairs that are searched
@@ -79,7 +79,7 @@ def read_held_out(data: str, annotations: str | None, size: int) -> HeldOut:
         ConfigError: no such data.
     """
     source = open_source(data, annotations)
-    count = 1000 if size <= 64 else 200
+    count = 2000 if size <= 64 else 200
     return HeldOut(data, list(islice(_samples(source, size, count), count)), source.classes, source.templates)
 
 
@@ -99,16 +99,16 @@ def _samples(source: Source, size: int, count: int) -> Iterator[Sample]:
 class Tokenizer:
     """A published tokenizer, opened for the report's pictures."""
 
-    def __init__(self, run: Run) -> None:
-        self.model = VTPModel.from_pretrained(run.tokenizer).eval()
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        self.size = int(self.model.config.image_size)
+    def __init__(self, folder: Path) -> None:
+        opened = Opened(folder, EvalConfig())
+        self.model, self.size, self.device = opened.model, opened.size, opened.device
+        self.text_features = opened.text()  # sentences -> unit features in the space shared with images
         self.aligned = bool(self.model.config.train_clip)
         self.draws = bool(self.model.config.train_reconstruction)
 
     def _images(self, samples: Sequence[Sample], fit: Callable[[Any, int], Any]) -> Float[Tensor, "b 3 s s"]:
         squares = [np.asarray(fit(Image.fromarray(sample.image), self.size)) for sample in samples]
-        return normalise(torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)).to(self.model.device)
+        return normalise(torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)).to(self.device)
 
     @torch.inference_mode()
     def reconstructions(
@@ -135,33 +135,21 @@ class Tokenizer:
         parts = [samples[i : i + batch] for i in range(0, len(samples), batch)]
         return torch.cat([self.model.get_clip_image_feature(self._images(part, squash)).float() for part in parts])
 
-    @torch.inference_mode()
-    def text_features(self, texts: Sequence[str], batch: int = 200) -> Float[Tensor, "n t"]:
-        """Unit features in the space shared with images."""
-        tokens = get_tokenizer(context_length=self.model.config.text_context_length)(list(texts))
-        parts = tokens.to(self.model.device).split(batch)
-        return torch.cat([self.model.get_clip_text_feature(part).float() for part in parts])
-
-    def confusion(self, held_out: HeldOut, label: str) -> Confusion | None:
-        """Zero-shot answers for one label over its held-out images; None where there are too few."""
-        samples = [s for s in held_out.samples if label in s.labels]
+    def confusion(self, held_out: HeldOut, features: Float[Tensor, "n t"], label: str) -> Confusion | None:
+        """Zero-shot answers for one label over its held-out images, whose features are given; None for too few."""
+        truth = np.array([s.labels.get(label, -1) for s in held_out.samples])
         names = held_out.classes[label]
-        truth = np.array([s.labels[label] for s in samples], dtype=np.int64)
-        seen = np.bincount(truth, minlength=len(names))
+        seen = np.bincount(truth[truth >= 0], minlength=len(names))
         kept = np.sort(np.argsort(-seen, kind="stable")[:CLASSES])
         kept = kept[seen[kept] > 0]
         if len(kept) < 2 or seen[kept].sum() < PER_CLASS * len(kept):
             return None
-        chosen = [s for s, y in zip(samples, truth, strict=True) if y in kept]
-        classifier = torch.stack([self._class_feature(names[k], held_out.templates[label]) for k in kept])
-        answers = (self.image_features(chosen) @ classifier.T).argmax(1).cpu().numpy()
+        classifier = text_classifier(self.text_features, [names[k] for k in kept], held_out.templates[label])
+        rows = np.flatnonzero(np.isin(truth, kept))
+        answers = (features[rows] @ classifier).argmax(1).cpu().numpy()
         counts = np.zeros((len(kept), len(kept)), np.int64)
-        np.add.at(counts, (np.searchsorted(kept, [s.labels[label] for s in chosen]), answers), 1)
+        np.add.at(counts, (np.searchsorted(kept, truth[rows]), answers), 1)
         return Confusion(label, tuple(names[k] for k in kept), counts, len(names) - len(kept))
-
-    def _class_feature(self, name: str, templates: Sequence[str]) -> Float[Tensor, " t"]:
-        """Mean of the unit features of a class's prompts, made unit again (Radford et al. 2021)."""
-        return F.normalize(self.text_features([t.format(name) for t in templates]).mean(0), dim=0)
 
     def retrieval(self, held_out: HeldOut) -> Retrieval | None:
         """Image to text and text to image over a pool of captioned images; None where there are too few."""

@@ -99,7 +99,7 @@ def test_the_terminal_table_names_runs_and_units(make_run):
     console = Console(width=120, file=io.StringIO())
     console.print(summary_table(paths))
     text = console.file.getvalue()
-    for expected in ("vtp", "ae", "24.20 dB", "top-1 accuracy (chance 12.5 %)", "81.0 %", "153,600", "4 min 00 s"):
+    for expected in ("vtp", "ae", "24.20 dB", "top-1 accuracy (chance 12.5%)", "81.0%", "153,600", "4 min 00 s"):
         assert expected in text
 
 
@@ -118,6 +118,6 @@ def test_lines_are_sorted_and_odd_values_dropped(tmp_path):
 
 def test_figures_as_readers_want_them():
     assert [duration(s) for s in (4.4, 61.0, 3661.0)] == ["4 s", "1 min 01 s", "1 h 01 min"]
-    assert show("top1", 0.5) == "50.0 %"
+    assert show("top1", 0.5) == "50.0%"
     assert show("psnr", 24.0) == "24.00 dB"
     assert [show("fd_judge", v) for v in (0.0123, 5.2, 123.4, 5279.1)] == ["0.012", "5.20", "123.4", "5,279"]

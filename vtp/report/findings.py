@@ -68,7 +68,7 @@ def show(metric: str, value: float) -> str:
     """A value as a reader wants it: shares in per cent, figures of one size with as many decimals."""
     unit = kind(metric).unit
     if unit == "%" and 0 <= value <= 1:
-        return f"{100 * value:.1f} %"
+        return f"{100 * value:.1f}%"
     if unit == "dB":
         return f"{value:.2f} dB"
     size = abs(value)

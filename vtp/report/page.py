@@ -159,10 +159,11 @@ def _held_out(run: Run, data: str | None, annotations: str | None) -> tuple[str 
 
 def _header(title: str, runs: Sequence[Run], sections: Sequence[Section]) -> str:
     html = f"<header><h1>{escape(title)}</h1>"
+    toy = "At toy size, one seed" if all(run.setting("data") == "scenes" for run in runs) else "One seed"
     for answer in findings.question(runs):
         html += (
             '<div class="answer"><p class="asked">Does a tokenizer that understands make a better latent space for '
-            f"generation? At toy size, one seed, distances under {findings.TIE:.0%} apart called a tie:</p>"
+            f"generation? {toy}; distances under {findings.TIE:.0%} apart are called a tie.</p>"
             f'<p class="said">{escape(answer.headline)}</p>'
             + "".join(f"<p>{escape(sentence)}</p>" for sentence in answer.sentences)
             + "</div>"
@@ -238,7 +239,7 @@ def _key_figures(runs: Sequence[Run]) -> str:
 
 def _table(runs: Sequence[Run], body: str) -> str:
     heads = "".join(f'<th class="value">{escape(run.name)}</th>' for run in runs)
-    head = f"<thead><tr><th>figure</th>{heads}<th></th></tr></thead>"
+    head = f"<thead><tr><th>figure</th>{heads}<th class='better'>better</th></tr></thead>"
     return f'<div class="scroll"><table class="figures">{head}<tbody>{body}</tbody></table></div>'
 
 
@@ -247,7 +248,7 @@ def _row(row: findings.Row, before: str = "") -> str:
         f'<td class="value">{"&ndash;" if text is None else _best(escape(text), i == row.best)}</td>'
         for i, text in enumerate(row.shown)
     )
-    better = {1: "higher is better", -1: "lower is better"}.get(row.better, "")
+    better = {1: "higher", -1: "lower"}.get(row.better, "")
     return f'<tr><th>{escape(before + row.label)}</th>{cells}<td class="better">{better}</td></tr>'
 
 
@@ -267,7 +268,7 @@ def _curves(runs: Sequence[Run]) -> str:
             html += _panel(runs, name, f"Diffusion model <span>{escape(name)}</span>", diffusion=True)
     if not html:
         return ""
-    text = "<p class='note'>Thin: as logged. Thick: moving mean over a twentieth of the run. All over images seen.</p>"
+    text = "<p class='note'>Thin: as logged. Thick: moving mean over a twentieth of the run. </p>"
     html = f'{_legend(runs)}{text}<div class="panels">{html}</div>'
     if rest:
         inner = "".join(_panel(runs, name, MACHINERY.get(name, escape(name.replace("_", " ")))) for name in rest)
@@ -285,7 +286,8 @@ def _panel(runs: Sequence[Run], name: str, title: str, diffusion: bool = False) 
             curves.append(plots.Curve(*_xy(lines, name), index))
     if not curves:
         return ""
-    drawing = plots.panel(curves, f"{name} over images seen", None if diffusion else _reference(runs, name))
+    xlabel = "latents seen" if diffusion else "images seen"
+    drawing = plots.panel(curves, f"{name} over {xlabel}", None if diffusion else _reference(runs, name), xlabel)
     return f'<figure class="panel"><figcaption>{title}</figcaption>{drawing}</figure>'
 
 
@@ -422,7 +424,7 @@ def _heat(confusion: Confusion) -> str:
         cells = ""
         for j in range(n):
             share = rows[i, j]
-            classes = " ".join(c for c, on in (("strong", share > 0.5), ("truth", i == j)) if on)
+            classes = " ".join(c for c, on in (("strong", share > 0.6), ("truth", i == j)) if on)
             text = "" if dense or share < 0.005 else f"{100 * share:.0f}"
             tip = escape(f"{name}, answered {confusion.names[j]}: {share:.0%} of {confusion.counts[i].sum()}")
             cells += f'<td class="{classes}" style="--v:{share:.2f}" title="{tip}">{text}</td>'
@@ -565,7 +567,7 @@ def _distance_table(runs: Sequence[Run]) -> str:
         for n_rec, n_gen in counts[:1]
     )
     return (
-        f"<p class='note'>Fr&eacute;chet distances to real images, lower is better: <b>{escape(networks)}</b>.{uneven}"
+        f"<p class='note'>Fr&eacute;chet distances to real images: <b>{escape(networks)}</b>.{uneven}"
         f"</p>{_table(runs, rows)}"
     )
 
@@ -574,7 +576,7 @@ def _distances(label: str, values: Sequence[float | None], fair: bool) -> str:
     known = [v for v in values if v is not None]
     best = values.index(min(known)) if fair and len(set(known)) > 1 else None
     shown = [None if v is None else show("fd", v) for v in values]
-    return _row(findings.Row("fd", label, shown, list(values), 0, best)) if known else ""
+    return _row(findings.Row("fd", label, shown, list(values), -1, best)) if known else ""
 
 
 def _files(runs: Sequence[Run]) -> str:

@@ -28,7 +28,7 @@ class Curve(NamedTuple):
     x: Float[ndarray, " n"]
     y: Float[ndarray, " n"]
     run: int
-    name: str = ""  # written at its end, for curves of one run in one panel
+    name: str = ""  # written beside it, for curves of one run in one panel
 
 
 def smooth(y: Float[ndarray, " n"]) -> Float[ndarray, " n"]:
@@ -84,16 +84,10 @@ def panel(
             axes.plot(curve.x[::step], smoothed[::step], color=colour, linewidth=1.7, linestyle=dashes)
             if len(curve.x) == 1:
                 axes.plot(curve.x, curve.y, "o", color=colour, markersize=4)
-            if curve.name:
-                axes.annotate(
-                    curve.name,
-                    (curve.x[-1], smoothed[-1]),
-                    (-2, -4),
-                    textcoords="offset points",
-                    color=INK,
-                    ha="right",
-                    va="top",
-                )
+            if curve.name:  # at opposite ends and sides: curves that lie close keep their names apart
+                end, x, y, ha, va = ((0, 2, 5, "left", "bottom"), (-1, -2, -4, "right", "top"))[len(shown) % 2]
+                place = (curve.x[end], smoothed[end])
+                axes.annotate(curve.name, place, (x, y), textcoords="offset points", color=INK, ha=ha, va=va)
             shown.append(curve.y)
         low, high = _limits(np.concatenate(shown), reference, floor)
         axes.set_ylim(low, high)

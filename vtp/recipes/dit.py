@@ -25,8 +25,8 @@ def dit_quickstart() -> DiTTrainConfig:
     """Small latents (4 x 4 or 8 x 8) on two CPU cores, about a minute. The average's horizon fits so short a run."""
     return DiTTrainConfig(
         out="runs/dit_quickstart",
-        steps=1_000,
-        batch_size=128,
+        steps=700,
+        batch_size=64,
         flip=False,  # letters, left and right mean something in `scenes`
         ema=0.99,
         model=DiTSize(hidden_size=192, depth=6, num_heads=6),

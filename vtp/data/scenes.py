@@ -200,7 +200,7 @@ def _word(canvas: ndarray, u: _Draws) -> tuple[str, dict[str, int]]:
 
 
 def _texture(u: _Draws) -> int:
-    return max(0, u.choice(5) - 1)  # solid twice as often as each of the others
+    return max(0, u.choice(8) - 4)  # five of eight are solid: at 32 pixels a pattern hides the shape of a small object
 
 
 def _texture_words(texture: int, u: _Draws) -> list[str]:

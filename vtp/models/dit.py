@@ -223,7 +223,7 @@ class Attention(nn.Module):
     def forward(self, x: Float[Tensor, "b n d"], rope: tuple[Tensor, Tensor]) -> Float[Tensor, "b n d"]:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, heads, N, d]
         q, k = rotate(qkv[:2], *rope)
-        return self.proj(attention(q, k, qkv[2], training=self.training).transpose(1, 2).flatten(2))
+        return self.proj(attention(q, k, qkv[2]).transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):

@@ -144,15 +144,14 @@ def attention(
     k: Float[Tensor, "b heads t h"],
     v: Float[Tensor, "b heads t h"],
     *,
-    training: bool,
     causal: bool = False,
 ) -> Float[Tensor, "b heads t h"]:
     """softmax(q k^T / sqrt(h)) v; `causal`: a token sees itself and those before it.
 
-    `training` chooses the kernel that is fast with its gradient; without it, the published one, bit for bit.
+    Where a gradient is asked for, the kernel is the one whose gradient is fast; else the published one, bit for bit.
     """
     tokens = q.shape[-2]
-    if not training or q.device.type != "cpu" or tokens > SHORT_SEQUENCE:
+    if not q.requires_grad or q.device.type != "cpu" or tokens > SHORT_SEQUENCE:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     with torch.autocast("cpu", enabled=False):  # scores in float32, as inside the fused kernel
         scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().mT  # [b, heads, t, t]
@@ -178,7 +177,7 @@ class SelfAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.stack([self.q_norm(qk[0]), self.k_norm(qk[1])]).to(v.dtype)  # float32 under autocast
         q, k = rotate(qk, *rope).unbind()
-        x = attention(q, k, v[0], training=self.training)
+        x = attention(q, k, v[0])
         return self.proj(x.transpose(1, 2).flatten(2))
 
 

@@ -31,7 +31,7 @@ class CausalAttention(nn.Module):
     def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.transpose(1, 3).unbind(2)  # [b, heads, l, h]
-        x = attention(q, k, v, training=self.training, causal=self.causal)
+        x = attention(q, k, v, causal=self.causal)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 

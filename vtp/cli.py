@@ -49,12 +49,15 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--template", action="append", metavar="TEXT", help="a prompt with {} for the class; may be repeated"
     )
+    p.add_argument(
+        "--names", type=Path, metavar="JSON", help="{class: word or [words]} where captions call it otherwise"
+    )
     for name, text in (("linear", "linear probe on frozen features"), ("knn", "nearest neighbours on frozen features")):
         p = _command(evals, name, probe, text)
         _tokenizer_and_data(p)
         _label(p)
         p.add_argument("--train-data", required=True, metavar="DATA", help="images to fit on, apart from --data")
-        p.add_argument("--features", default="cls", choices=("cls", "patches", "latent"))
+        p.add_argument("--features", default="cls", choices=("cls", "patches", "both", "latent"))
         p.set_defaults(task=name)
     p = _command(evals, "reconstruction", reconstruction, "encode and decode: PSNR, SSIM, and a Frechet distance")
     _tokenizer_and_data(p)
@@ -234,7 +237,8 @@ def zero_shot(args: argparse.Namespace) -> None:
 
     templates = args.template or args.templates
     cfg = _shared(args)
-    _show(zero_shot(args.tokenizer, args.data, label=args.label, templates=templates, top=args.top, cfg=cfg))
+    options = {"label": args.label, "templates": templates, "names": args.names, "top": args.top}
+    _show(zero_shot(args.tokenizer, args.data, **options, cfg=cfg))
 
 
 def probe(args: argparse.Namespace) -> None:

@@ -56,6 +56,21 @@ def test_zero_shot(tokenizer, tmp_path):
     assert again["metrics"]["top1"] == pytest.approx(result["metrics"]["top1"], abs=0.05)
 
 
+def test_zero_shot_names(tokenizer, tmp_path):
+    """A class goes by the words of the file; the file speaks of classes that there are."""
+    file = tmp_path / "names.json"
+    same = zero_shot(tokenizer, "scenes:test", label="shape", cfg=SMALL)
+    file.write_text(json.dumps({"circle": ["circle", "circle"]}))
+    named = zero_shot(tokenizer, "scenes:test", label="shape", names=file, cfg=SMALL)
+    assert named["protocol"]["names"] == "names.json" and named["metrics"] == same["metrics"]
+    file.write_text(json.dumps({"cirle": "disc"}))
+    with pytest.raises(ConfigError, match="no class 'cirle'"):
+        zero_shot(tokenizer, "scenes:test", label="shape", names=file, cfg=SMALL)
+    file.write_text("not json")
+    with pytest.raises(ConfigError, match="not a JSON file"):
+        zero_shot(tokenizer, "scenes:test", label="shape", names=file, cfg=SMALL)
+
+
 def test_zero_shot_templates(tokenizer, tmp_path):
     def used(templates):
         return zero_shot(tokenizer, "scenes:test", label="shape", templates=templates, cfg=SMALL)["protocol"]

@@ -31,6 +31,7 @@ from vtp.metrics.extractors import Extractor, load_extractor
 FEATURES = {
     "cls": "class token after the final norm",
     "patches": "mean of the patch tokens after the final norm",
+    "both": "class token and mean of the patch tokens after the final norm, as DINO probes them",
     "latent": "mean of the latent map (bottleneck)",
 }
 SCENES_TRAIN = 10_000  # the embedded training set has no end in practice; a probe on it sees this many images
@@ -93,6 +94,8 @@ class Opened:
             tokens = trunk(images)
             if name == "cls":
                 return tokens.cls
+            if name == "both":
+                return torch.cat([tokens.cls, tokens.patches.mean(1)], dim=1)
             return (tokens.patches if name == "patches" else trunk.bottleneck(tokens.patches)).mean(1)
 
         return self.run(pooled)
@@ -117,6 +120,7 @@ def zero_shot(
     *,
     label: str = "class",
     templates: str | Sequence[str] | None = None,
+    names: Path | None = None,
     top: int | None = None,
     cfg: EvalConfig = EvalConfig(),  # noqa: B008  frozen
 ) -> dict[str, Any]:
@@ -127,6 +131,7 @@ def zero_shot(
         label: which of the data's labels.
         templates: "openai" (the 80 of CLIP), "data" (those of the data set), a file (a line each, or a JSON list), or
             the templates themselves. None is the data set's own where it brings some, else openai.
+        names: a JSON file {class: word or [words]}: what captions call the classes that go by another name in the data.
         top: only the commonest classes, and only their images.
 
     Returns:
@@ -137,13 +142,15 @@ def zero_shot(
     """
     opened, source = Opened(tokenizer, cfg), open_source(data, cfg.annotations)
     opened.needs("train_clip", "zero-shot")
-    names = class_names(source, label, top)
+    classes = class_names(source, label, top)
     prompts, origin = _templates(source, label, templates)
-    classifier = zero.text_classifier(opened.text(), names, prompts)
+    classifier = zero.text_classifier(opened.text(), _renamed(classes, names, source.classes[label]), prompts)
     seen = Seen()
     batches = labelled_batches(source, label, opened.size, cfg.batch_size, top, limit=cfg.limit)
     metrics = zero.zero_shot(opened.run(opened.model.get_clip_image_feature), classifier, seen.passing(batches))
-    protocol = {"label": label, "classes": len(names), "images": seen.count, "templates": f"{len(prompts)} {origin}"}
+    protocol = {"label": label, "classes": len(classes), "images": seen.count, "templates": f"{len(prompts)} {origin}"}
+    if names is not None:
+        protocol["names"] = names.name
     return _written("zero-shot", metrics, {"data": data, **protocol, "resize": "squash"}, opened, seen.sha256, cfg)
 
 
@@ -161,7 +168,7 @@ def linear(
     """Linear probe on frozen features: fitted on `train_data`, asked on `data`; see `probes.linear_probe`.
 
     Args:
-        features: "cls", "patches" or "latent", see `FEATURES`.
+        features: "cls", "patches", "both" or "latent", see `FEATURES`.
         train_limit: training images at most; None is all, of the embedded set 10,000.
 
     Returns:
@@ -362,6 +369,22 @@ def _openai_templates() -> list[str]:
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return [template("{}") for template in module.OPENAI_IMAGENET_TEMPLATES]
+
+
+def _renamed(classes: Sequence[str], names: Path | None, known: Sequence[str]) -> list[str | list[str]]:
+    """The words of each class: those of the file where it has some, else its name."""
+    if names is None:
+        return list(classes)
+    try:
+        words = json.loads(names.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"names={names} is not a JSON file: {error}") from None
+    unknown = [name for name in words if name not in known] if isinstance(words, dict) else [str(names)]
+    if unknown:
+        raise ConfigError(
+            f'names={names}: there is no class {unknown[0]!r}; write {{"{classes[0]}": ["word", ...], ...}}'
+        )
+    return [words.get(name, name) for name in classes]
 
 
 def _named(network: Extractor | None) -> dict[str, str]:

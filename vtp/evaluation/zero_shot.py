@@ -16,12 +16,15 @@ Labelled = Iterable[tuple[Tensor, Tensor]]  # (images [b 3 h w], labels [b])
 
 @torch.no_grad()
 def text_classifier(
-    embed_text: Callable[[list[str]], Float[Tensor, "n d"]], classes: Sequence[str], templates: Sequence[str]
+    embed_text: Callable[[list[str]], Float[Tensor, "n d"]],
+    classes: Sequence[str | Sequence[str]],
+    templates: Sequence[str],
 ) -> Float[Tensor, "d classes"]:
     """Unit columns: a class's prompts are embedded, normalised, averaged and normalised again (the published protocol).
 
     Args:
         embed_text: sentences -> embeddings of any length.
+        classes: each class's name, or several names that all go into the prompts.
         templates: prompts with one {} for the class's name.
 
     Raises:
@@ -32,7 +35,8 @@ def text_classifier(
         raise ConfigError(f"prompt templates need exactly one {{}} each; {broken[:1] or 'there are none'}")
     columns = []
     for name in classes:
-        prompts = F.normalize(embed_text([t.replace("{}", name) for t in templates]).float(), dim=-1)
+        names = [name] if isinstance(name, str) else name
+        prompts = F.normalize(embed_text([t.replace("{}", n) for t in templates for n in names]).float(), dim=-1)
         columns.append(F.normalize(prompts.mean(0), dim=0))
     return torch.stack(columns, dim=1)
 

@@ -27,7 +27,7 @@ ZERO_SHOT = ("shape", "colour")
 LINEAR = ("shape", "letter")
 DRAWN = "shape"  # the label whose classes the diffusion transformer is asked to draw
 LATENTS = 12_288  # training images of the diffusion transformer
-SAMPLES = 320
+SAMPLES = 512
 GUIDANCE = 3.0
 
 

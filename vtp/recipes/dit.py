@@ -22,7 +22,7 @@ def dit_xl() -> DiTTrainConfig:
 
 
 def dit_quickstart() -> DiTTrainConfig:
-    """Small latents (4 x 4 or 8 x 8) on two CPU cores, two and a half minutes. The average's horizon fits so short a run."""
+    """Small latents (4 x 4 or 8 x 8) on two CPU cores, minutes. The average's horizon fits so short a run."""
     return DiTTrainConfig(
         out="runs/dit_quickstart",
         steps=1_000,

@@ -141,7 +141,7 @@ def test_bad_input_is_one_clear_error(tokenizer, judge, tmp_path):
         "size=20 is not a multiple": lambda: reconstruction(tokenizer, "scenes:test", cfg=with_out(None, size=20)),
         "no label 'breed'": lambda: zero_shot(tokenizer, "scenes:test", label="breed", cfg=SMALL),
         "both scenes:test": lambda: linear(tokenizer, "scenes:test", "scenes:test", label="shape", cfg=SMALL),
-        "choose cls, patches, latent": lambda: knn(
+        "choose cls, patches, both, latent": lambda: knn(
             tokenizer, "scenes", "scenes:test", label="shape", features="deep", train_limit=30, cfg=SMALL
         ),
         "no data at": lambda: reconstruction(tokenizer, str(tmp_path / "gone.tar"), cfg=SMALL),

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 from PIL import Image
 
+from vtp.data.loader import image_batches
 from vtp.data.views import BatchConfig, ViewsConfig
 from vtp.engine.loop import LoopConfig
 from vtp.evaluation import run as evaluate
@@ -23,7 +24,11 @@ def small(monkeypatch):
     for name, value in {"LATENTS": 96, "SAMPLES": 16}.items():
         monkeypatch.setattr(quickstart, name, value)
     monkeypatch.setattr(quickstart, "train_judge", partial(quickstart.train_judge, images=256, epochs=1))
-    monkeypatch.setattr(quickstart, "EvalConfig", partial(quickstart.EvalConfig, limit=200))
+    batches = evaluate.labelled_batches
+    monkeypatch.setattr(
+        evaluate, "labelled_batches", lambda *args, **options: batches(*args[:6], **(options | {"limit": 100}))
+    )
+    monkeypatch.setattr(evaluate, "image_batches", lambda *args, **_: image_batches(*args[:4], limit=100))
     monkeypatch.setattr(evaluate, "SCENES_TRAIN", 200)
 
     def shrunk(name):
@@ -54,6 +59,8 @@ def test_every_stage_leaves_its_files_and_the_page_shows_both(small, tmp_path):
     tokenizers, dit = small
     runs = quickstart.compare_tokenizers(tokenizers, dit, tmp_path)
     assert [run.name for run in runs] == ["vtp", "ae"]
+    seen = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["images"] for run in runs]
+    assert seen == [24, 24]  # equal images
     for run in runs:
         asked = {path.stem for path in (run / "eval").glob("*.json")}
         always = {"linear-shape", "linear-letter", "linear-latent-shape", "knn-shape", "reconstruction"}

@@ -44,9 +44,12 @@ def compare_tokenizers(tokenizers: Mapping[str, PretrainConfig], dit: DiTTrainCo
         save_judge(referee, judge)
         accuracy = judge_accuracy(referee, open_source(TEST), 1_000)
         console.print("the judge is right on " + ", ".join(f"{v:.1%} ({k})" for k, v in accuracy.items()))
+    pairs = max(cfg.active_batch.pairs for cfg in tokenizers.values())
     runs = []
     for name, cfg in tokenizers.items():
         run = out / name
+        if cfg.active_batch.pairs < pairs:  # equal images: what reads fewer a step reconstructs them all
+            cfg = replace(cfg, batch=replace(cfg.batch, rec=pairs))
         tokenizer = pretrain(replace(cfg, out=str(run)))
         _judge_tokenizer(run, tokenizer, judge, clip=cfg.weights.clip > 0)
         latents = encode_latents(

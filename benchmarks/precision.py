@@ -38,7 +38,7 @@ SMALL_96 = (
     "perceptual=teacher",
     "workers=0",
 )
-ROUNDS = 5
+ROUNDS = 3
 
 
 def seconds(learner: PretrainLearner, batch: Batch) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vtp.engine.logging import environment
+from vtp.engine.logging import environment, file_sha256
 from vtp.images import to_uint8
 
 
@@ -75,12 +75,3 @@ def write_result(
         part.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
         part.replace(out)
     return result
-
-
-def file_sha256(path: Path) -> str:
-    """Of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -6,7 +6,6 @@ stats.json                    written last: a folder without it is unfinished
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,7 @@ from torch import Tensor
 from vtp.config import ConfigError
 from vtp.data.decode import BadImage, decode
 from vtp.data.sources import Raw, Source, open_source
-from vtp.engine.logging import console, progress_bar
+from vtp.engine.logging import console, file_sha256, progress_bar
 from vtp.engine.optim import Precision, autocast, pick_device
 from vtp.images import center_crop, normalise
 
@@ -172,7 +171,7 @@ def encode_latents(
         "size": size,
         "flip": flip,
         "limit": limit,
-        "tokenizer_sha256": sha256(weights),
+        "tokenizer_sha256": file_sha256(weights),
     }
     if (out / STATS).is_file():
         there = asdict(LatentStats.read(out / STATS))
@@ -228,15 +227,6 @@ def encode_latents(
     ).write(out / STATS)
     console.print(f"{count} latents of {channels} x {height} x {width} in {out}")
     return out
-
-
-def sha256(file: Path) -> str:
-    """Hash of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _label(source: Source, label: str | None) -> str:

@@ -14,12 +14,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from vtp.config import ConfigError
-from vtp.engine.logging import console, progress_bar
+from vtp.engine.logging import console, file_sha256, progress_bar
 from vtp.engine.optim import Precision, autocast, pick_device
 from vtp.flow.guidance import classifier_free
 from vtp.flow.samplers import Velocity, dopri5, euler, heun
 from vtp.flow.times import warped_times
-from vtp.generation.latents import STATS, LatentStats, sha256
+from vtp.generation.latents import STATS, LatentStats
 from vtp.images import to_uint8
 from vtp.models.dit import LightningDiT
 
@@ -111,7 +111,7 @@ def sample(
         "classes": {stats.classes[c]: c for c in chosen},
         "labels": "picture i is of class i modulo the number of classes, its noise seeded by (seed, i)",
         "dit": str(folder.resolve()),
-        "dit_sha256": sha256(folder / "model.safetensors"),
+        "dit_sha256": file_sha256(folder / "model.safetensors"),
         "tokenizer": str(place.resolve()),
         "tokenizer_sha256": stats.tokenizer_sha256,
     }
@@ -159,7 +159,7 @@ def _tokenizer(stats: LatentStats, moved: Path | None) -> tuple[Any, Path]:
     weights = place / "model.safetensors"
     if not weights.is_file():
         raise ConfigError(f"no tokenizer at {place}; say where it is with --tokenizer")
-    if sha256(weights) != stats.tokenizer_sha256:
+    if file_sha256(weights) != stats.tokenizer_sha256:
         raise ConfigError(f"the tokenizer at {place} is not the one that made the latents; say where that one is")
     return VTPModel.from_pretrained(place), place
 

@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from vtp.models.layers import Block, RMSNorm, attention, residual, swiglu_hidden
+from vtp.models.config import ViTConfig
+from vtp.models.layers import Block, RMSNorm, attention, residual, scale_init, swiglu_hidden
 from vtp.models.rope import RopeEmbed
+from vtp.models.vit import ViT
 
 
 def test_rmsnorm_is_published(shared):
@@ -79,3 +81,14 @@ def test_block_gradients_under_autocast():
     out.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in block.parameters())
     assert isinstance(block.ls1, nn.Module)
+
+
+def test_scale_init_gives_a_narrow_network_the_spread_of_a_wide_one():
+    torch.manual_seed(0)
+    trunk = ViT(ViTConfig(patch_size=8, embed_dim=192, depth=2, num_heads=4))
+    scale_init(trunk)
+    weights = dict(trunk.named_parameters())
+    assert abs(weights["blocks.0.attn.qkv.weight"].std() / 0.04 - 1) < 0.05  # sqrt(768 / 192) = 2
+    assert abs(weights["blocks.1.attn.proj.weight"].std() / 0.02 - 1) < 0.05  # and / sqrt(2 * 2)
+    assert abs(weights["blocks.1.mlp.w3.weight"].std() / (0.01 * (768 / 512) ** 0.5) - 1) < 0.05
+    assert abs(weights["feature_bottleneck.weight"].std() / 0.04 - 1) < 0.05

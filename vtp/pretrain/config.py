@@ -74,6 +74,7 @@ class PretrainConfig:
     resume: Literal["auto", "never"] = "auto"
     workers: int = 1  # loader processes per rank; 0 loads in the training process
     model: ModelConfig = ModelConfig()
+    init: Literal["published", "fan_in"] = "published"  # fan_in suits networks much narrower than 768
     batch: BatchConfig = BatchConfig()
     weights: Weights = Weights()
     contrast: Literal["clip", "siglip"] = "clip"

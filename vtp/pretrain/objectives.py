@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vtp.data.loader import Batch, SSLBatch
 from vtp.models.dino_head import DINOHead
 from vtp.models.ema import EMATeacher
+from vtp.models.layers import scale_init
 from vtp.models.vit import Tokens, ViT
 from vtp.models.vtp_hf import VTPConfig, VTPModel
 from vtp.objectives.clip import clip_loss
@@ -61,6 +62,10 @@ class Pretraining(nn.Module):
             followed["head"] = self.head
             for name in ("center_cls", "center_patch"):
                 self.register_buffer(name, torch.zeros(distil.prototypes))
+        if cfg.init == "fan_in":
+            scale_init(followed)
+            if weights.rec > 0:
+                scale_init(self.student.pixel_decoder)
         perceptual = cfg.perceptual if weights.rec > 0 and weights.perceptual > 0 else "none"
         self.teacher_perceives = perceptual == "teacher"
         self.perceive = load_perceptual(perceptual) if perceptual not in ("teacher", "none") else None

@@ -65,9 +65,10 @@ def cpu() -> PretrainConfig:
         steps=1_300,
         batch=BatchConfig(clip=128, ssl=64, rec=64),
         perceptual="teacher",
+        init="fan_in",
         model=ModelConfig(
             image_size=32,
-            vision=ViTConfig(patch_size=8, embed_dim=128, depth=4, num_heads=4, feature_bottleneck=32),
+            vision=ViTConfig(patch_size=8, embed_dim=128, depth=4, num_heads=4, use_qk_norm=True),
             text=TextConfig(context_length=24, embed_dim=128, depth=3, num_heads=4),
             decoder=DecoderConfig(embed_dim=128, depth=4, num_heads=4),
         ),
@@ -81,7 +82,7 @@ def cpu() -> PretrainConfig:
             teacher_temp=Ramp(start=0.04, end=0.04),  # rising to 0.06 it forgot again what it had told apart at 0.04
             momentum=Ramp(start=0.98, end=0.995, cosine=True),
         ),
-        optim=OptimConfig(lr=WarmupCosine(peak=2e-3, warmup=0.05)),
+        optim=OptimConfig(lr=WarmupCosine(peak=1.4e-3, warmup=0.05)),
         loop=LoopConfig(log_every=20, save_every=250),
     )
 
@@ -94,7 +95,7 @@ def quickstart() -> PretrainConfig:
         cfg,
         out="runs/quickstart",
         data="scenes",
-        steps=800,
+        steps=640,
         batch=BatchConfig(clip=128, ssl=32, rec=64),
         views=views,
         augment=replace(cfg.augment, clip_jitter=0.0),

@@ -1,5 +1,6 @@
 """Every `vtp` command that the README and the documentation print is one that the command line takes."""
 
+import argparse
 import re
 import shlex
 from pathlib import Path
@@ -23,3 +24,13 @@ def test_printed_commands_parse(page, command, capsys):
         assert "optim:" in capsys.readouterr().out
     else:
         _parser().parse_args(words)
+
+
+def test_no_argument_hides_the_function_of_its_command():
+    commands = next(action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+    pending = list(commands.choices.values())
+    while pending:
+        command = pending.pop()
+        nested = [a for a in command._actions if isinstance(a, argparse._SubParsersAction)]
+        pending += [sub for action in nested for sub in action.choices.values()]
+        assert "run" not in {action.dest for action in command._actions}, command.prog

@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     _recipe(p, DITS)
 
     p = _command(commands, "sample", sample, "draw pictures with a trained diffusion transformer")
-    p.add_argument("run", type=Path, metavar="DIT_RUN")
+    p.add_argument("dit", type=Path, metavar="DIT_RUN")
     p.add_argument("--out", type=Path, required=True, metavar="DIR")
     p.add_argument("--num", type=int, default=64, metavar="N")
     p.add_argument("--steps", type=int, default=50, metavar="N", help="integration steps")
@@ -279,7 +279,7 @@ def sample(args: argparse.Namespace) -> None:
 
     names = ("num", "steps", "cfg_scale", "classes", "sampler", "shift", "seed", "tokenizer")
     options = {name: getattr(args, name) for name in (*names, "batch_size", "device", "precision")}
-    sample(args.run, args.out, interval=tuple(args.interval), **options)
+    sample(args.dit, args.out, interval=tuple(args.interval), **options)
 
 
 def report(args: argparse.Namespace) -> None:

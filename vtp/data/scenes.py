@@ -37,7 +37,15 @@ CLASSES = {
 }
 # Prompts speak as the captions do, over the other attributes, so that an ensemble of them is a clean classifier.
 TEMPLATES = {
-    "shape": tuple(f"{'an' if c == 'orange' else 'a'} {c} {{}}" for c in COLOURS),
+    "shape": tuple(
+        template
+        for c in COLOURS
+        for template in (
+            f"{'an' if c == 'orange' else 'a'} {c} {{}}",
+            *(f"a {word} {c} {{}}" for word in SIZES + TEXTURES),
+            *(f"{count} {c} {{}}s" for count in COUNTS[1:]),
+        )
+    ),
     "colour": (*(f"a {{}} {s}" for s in SHAPES), "a {} letter", "a word in {}"),
     "texture": tuple(f"a {{}} {c} {s}" for c, s in zip(COLOURS, SHAPES, strict=True)),
     "size": tuple(f"a {{}} {c} {s}" for c, s in zip(COLOURS, SHAPES, strict=True)),

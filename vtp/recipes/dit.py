@@ -25,7 +25,7 @@ def dit_quickstart() -> DiTTrainConfig:
     """Small latents (4 x 4 or 8 x 8) on two CPU cores, minutes. The average's horizon fits so short a run."""
     return DiTTrainConfig(
         out="runs/dit_quickstart",
-        steps=600,
+        steps=500,
         batch_size=64,
         flip=False,  # letters, left and right mean something in `scenes`
         ema=0.99,

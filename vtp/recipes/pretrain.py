@@ -65,10 +65,9 @@ def cpu() -> PretrainConfig:
         steps=1_300,
         batch=BatchConfig(clip=128, ssl=64, rec=64),
         perceptual="teacher",
-        init="fan_in",
         model=ModelConfig(
             image_size=32,
-            vision=ViTConfig(patch_size=8, embed_dim=128, depth=4, num_heads=4, use_qk_norm=True),
+            vision=ViTConfig(patch_size=8, embed_dim=128, depth=4, num_heads=4, feature_bottleneck=32),
             text=TextConfig(context_length=24, embed_dim=128, depth=3, num_heads=4),
             decoder=DecoderConfig(embed_dim=128, depth=4, num_heads=4),
         ),
@@ -82,7 +81,7 @@ def cpu() -> PretrainConfig:
             teacher_temp=Ramp(start=0.04, end=0.04),  # rising to 0.06 it forgot again what it had told apart at 0.04
             momentum=Ramp(start=0.98, end=0.995, cosine=True),
         ),
-        optim=OptimConfig(lr=WarmupCosine(peak=1.4e-3, warmup=0.05)),
+        optim=OptimConfig(lr=WarmupCosine(peak=2e-3, warmup=0.05)),
         loop=LoopConfig(log_every=20, save_every=250),
     )
 
@@ -90,13 +89,20 @@ def cpu() -> PretrainConfig:
 def quickstart() -> PretrainConfig:
     """The embedded `scenes`, a few minutes on two CPU cores. There is no end of pairs, so none is learnt by heart."""
     cfg = cpu()
-    views = replace(cfg.views, scale=(0.9, 1.0), ssl_flip=False)
+    model = replace(
+        cfg.model,
+        vision=replace(cfg.model.vision, feature_bottleneck=64, use_qk_norm=True),
+        text=replace(cfg.model.text, depth=2),
+    )
     return replace(
         cfg,
         out="runs/quickstart",
         data="scenes",
-        steps=640,
+        steps=680,
+        model=model,
+        init="fan_in",
         batch=BatchConfig(clip=128, ssl=32, rec=64),
-        views=views,
+        views=replace(cfg.views, scale=(0.9, 1.0), ssl_flip=False),
         augment=replace(cfg.augment, clip_jitter=0.0),
+        optim=replace(cfg.optim, lr=WarmupCosine(peak=1.4e-3, warmup=0.05)),
     )

@@ -27,7 +27,8 @@ ZERO_SHOT = ("shape", "colour")
 LINEAR = ("shape", "letter")
 DRAWN = "shape"  # the label whose classes the diffusion transformer is asked to draw
 LATENTS = 12_288  # training images of the diffusion transformer
-SAMPLES = 512
+SAMPLES = 256
+PROBE_TRAIN = 6_000
 GUIDANCE = 3.0
 
 
@@ -40,7 +41,7 @@ def compare_tokenizers(tokenizers: Mapping[str, PretrainConfig], dit: DiTTrainCo
     size = next(iter(tokenizers.values())).views.size
     judge = out / "judge"
     if not (judge / "model.safetensors").is_file():
-        referee = train_judge(open_source(TRAIN), ("shape", "colour"), size=size)
+        referee = train_judge(open_source(TRAIN), ("shape", "colour"), size=size, images=6_000)
         save_judge(referee, judge)
         accuracy = judge_accuracy(referee, open_source(TEST), 1_000)
         console.print("the judge is right on " + ", ".join(f"{v:.1%} ({k})" for k, v in accuracy.items()))
@@ -79,7 +80,7 @@ def _judge_tokenizer(run: Path, tokenizer: Path, judge: Path, clip: bool) -> Non
     for label in ZERO_SHOT if clip else ():
         evaluate.zero_shot(tokenizer, TEST, label=label, cfg=asked(f"zero-shot-{label}"))
     for label in LINEAR:
-        evaluate.linear(tokenizer, TRAIN, TEST, label=label, cfg=asked(f"linear-{label}"))
+        evaluate.linear(tokenizer, TRAIN, TEST, label=label, train_limit=PROBE_TRAIN, cfg=asked(f"linear-{label}"))
     evaluate.linear(tokenizer, TRAIN, TEST, label=DRAWN, features="latent", cfg=asked(f"linear-latent-{DRAWN}"))
     evaluate.knn(tokenizer, TRAIN, TEST, label=DRAWN, cfg=asked(f"knn-{DRAWN}"))
     evaluate.reconstruction(tokenizer, TEST, extractor=f"judge:{judge}", cfg=asked("reconstruction"))

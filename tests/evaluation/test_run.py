@@ -50,7 +50,7 @@ def test_zero_shot(tokenizer, tmp_path):
     assert json.loads((tmp_path / "zero.json").read_text()) == result
     assert result["task"] == "zero-shot" and result["metrics"]["chance"] == 1 / 8
     protocol = result["protocol"]
-    assert protocol["images"] == 40 and protocol["classes"] == 8 and protocol["templates"] == "8 of the data set"
+    assert protocol["images"] == 40 and protocol["classes"] == 8 and protocol["templates"] == "88 of the data set"
     again = zero_shot(tokenizer, "scenes:test", label="shape", cfg=with_out(None, batch_size=7))
     assert again["data_sha256"] == result["data_sha256"]
     assert again["metrics"]["top1"] == pytest.approx(result["metrics"]["top1"], abs=0.05)

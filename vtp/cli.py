@@ -205,10 +205,10 @@ def quickstart(args: argparse.Namespace) -> None:
     from vtp.recipes import dit_recipe, pretrain_recipe
     from vtp.report.findings import summary_table
     from vtp.report.page import write_report
-    from vtp.studies.quickstart import compare_tokenizers
+    from vtp.studies.quickstart import Comparison, compare_tokenizers
 
     tokenizers = {"vtp": pretrain_recipe("quickstart"), "ae": pretrain_recipe("quickstart_ae")}
-    runs = compare_tokenizers(tokenizers, dit_recipe("dit_quickstart"), args.out)
+    runs = compare_tokenizers(tokenizers, Comparison(dit=dit_recipe("dit_quickstart")), args.out)
     show(summary_table(runs))
     print(f"wrote {write_report(runs, args.out / 'report.html')}")
 

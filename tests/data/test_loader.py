@@ -248,6 +248,21 @@ def test_one_of_several_captions_is_drawn(tmp_path):
     assert first.keys() == {1, 2, 3} and min(first.values()) > 8
 
 
+def test_a_share_of_captions_is_cut_to_a_run_of_words(tmp_path):
+    folder = tmp_path / "long"
+    folder.mkdir()
+    for i in range(8):
+        (folder / f"{i}.jpg").write_bytes(picture(i))
+    lines = [json.dumps({"file_name": f"{i}.jpg", "text": "a bb ccc dddd"}) for i in range(8)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    views = ViewsConfig(size=16, global_size=16, local_size=8, local_crops=2, caption_spans=0.5)
+    stream = loader(open_source(str(folder)), BatchConfig(clip=8, ssl=0, rec=0), views)
+    rows = [tuple(row[row > 0].tolist())[:-1] for _ in range(50) for row in next(stream).clip.tokens]
+    whole = rows.count((1, 2, 3, 4)) / len(rows)
+    assert 0.45 < whole < 0.65  # half, and a tenth of the cut ones
+    assert all(row == tuple(range(row[0], row[0] + len(row))) for row in rows)
+
+
 def test_cutting_keeps_what_any_caption_needs():
     tokens = torch.tensor([[5, 0, 9, 0, 0], [5, 9, 0, 0, 0]])  # 0 is also a word: "!"
     assert cut(tokens).tolist() == [[5, 0, 9], [5, 9, 0]]

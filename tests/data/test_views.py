@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from vtp.config import ConfigError
-from vtp.data.views import BatchConfig, ViewsConfig, check, crop_boxes, make, resized_crop
+from vtp.data.views import BatchConfig, ViewsConfig, caption_span, check, crop_boxes, make, resized_crop
 
 
 def smooth(height, width):
@@ -79,3 +79,12 @@ def test_impossible_values_are_refused(wrong):
         ViewsConfig(**wrong)
     with pytest.raises(ConfigError, match="batch sizes"):
         BatchConfig(clip=0, ssl=0, rec=0)
+
+
+def test_every_run_of_words_is_as_likely():
+    rng = np.random.default_rng(0)
+    seen = [caption_span("a  blue shirt", rng) for _ in range(3_000)]
+    runs = ["a", "blue", "shirt", "a blue", "blue shirt", "a blue shirt"]
+    assert set(seen) == set(runs)
+    assert all(abs(seen.count(run) - 500) < 90 for run in runs)  # 4 standard deviations
+    assert caption_span("", rng) == ""

@@ -1,15 +1,14 @@
 """The whole pipeline, smaller still: every file that the page promises is there, and a second run only re-asks."""
 
 import json
+import multiprocessing
 from dataclasses import replace
-from functools import partial
 
 import pytest
 
-from vtp.data.loader import image_batches
+from vtp.config import ConfigError
 from vtp.data.views import BatchConfig, ViewsConfig
 from vtp.engine.loop import LoopConfig
-from vtp.evaluation import run as evaluate
 from vtp.generation.config import DiTSize
 from vtp.models.config import DecoderConfig, ModelConfig, TextConfig, ViTConfig
 from vtp.recipes import dit_recipe, pretrain_recipe
@@ -18,17 +17,8 @@ from vtp.studies import quickstart
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small():
     """Fewer pictures everywhere; the sizes are the only thing that changes."""
-    for name, value in {"LATENTS": 96, "SAMPLES": 16}.items():
-        monkeypatch.setattr(quickstart, name, value)
-    monkeypatch.setattr(quickstart, "train_judge", partial(quickstart.train_judge, images=256, epochs=1))
-    batches = evaluate.labelled_batches
-    monkeypatch.setattr(
-        evaluate, "labelled_batches", lambda *args, **options: batches(*args[:6], **(options | {"limit": 100}))
-    )
-    monkeypatch.setattr(evaluate, "image_batches", lambda *args, **_: image_batches(*args[:4], limit=100))
-    monkeypatch.setattr(evaluate, "SCENES_TRAIN", 200)
 
     def shrunk(name):
         cfg = pretrain_recipe(name)
@@ -48,15 +38,23 @@ def small(monkeypatch):
             loop=LoopConfig(log_every=1),
         )
 
-    dit = replace(dit_recipe("dit_quickstart"), steps=3, batch_size=8)
-    return {"vtp": shrunk("quickstart"), "ae": shrunk("quickstart_ae")}, replace(
-        dit, model=DiTSize(hidden_size=32, depth=1, num_heads=2)
+    size = DiTSize(hidden_size=32, depth=1, num_heads=2)
+    ask = quickstart.Comparison(
+        dit=replace(dit_recipe("dit_quickstart"), steps=3, batch_size=8, model=size),
+        judge_images=256,
+        judge_epochs=1,
+        probe_images=200,
+        test_images=100,
+        latents=96,
+        samples=16,
+        sampling_steps=4,
     )
+    return {"vtp": shrunk("quickstart"), "ae": shrunk("quickstart_ae")}, ask
 
 
 def test_every_stage_leaves_its_files_and_the_page_shows_both(small, tmp_path):
-    tokenizers, dit = small
-    runs = quickstart.compare_tokenizers(tokenizers, dit, tmp_path)
+    tokenizers, ask = small
+    runs = quickstart.compare_tokenizers(tokenizers, ask, tmp_path)
     assert [run.name for run in runs] == ["vtp", "ae"]
     seen = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["images"] for run in runs]
     assert seen == [24, 24]  # equal images
@@ -67,12 +65,21 @@ def test_every_stage_leaves_its_files_and_the_page_shows_both(small, tmp_path):
         assert asked == always | ({"zero-shot-shape", "zero-shot-colour"} if run.name == "vtp" else set())
         result = json.loads((run / "eval/generation.json").read_text())
         assert {"gfd_judge", "class_agreement"} <= set(result["metrics"])
-        assert result["protocol"]["cfg_scale"] == quickstart.GUIDANCE
+        assert result["protocol"]["cfg_scale"] == ask.guidance
         assert (run / "samples/grid.png").is_file()
     page = write_report(runs, tmp_path / "report.html").read_text()
     assert "<html" in page and "vtp" in page and "ae" in page
     weights = (runs[0] / "tokenizer/model.safetensors").stat().st_mtime_ns
     step = (runs[0] / "metrics.jsonl").read_text()
-    quickstart.compare_tokenizers(tokenizers, dit, tmp_path)
+    quickstart.compare_tokenizers(tokenizers, ask, tmp_path)
     assert (runs[0] / "metrics.jsonl").read_text() == step  # no step was taken again
     assert (runs[0] / "tokenizer/model.safetensors").stat().st_mtime_ns >= weights
+
+
+def test_a_run_that_fails_is_named_with_its_reason_and_the_other_is_stopped(small, tmp_path):
+    tokenizers, ask = small
+    broken = replace(tokenizers["ae"], data="nowhere")
+    with pytest.raises(ConfigError, match=r"ae stopped: ConfigError: .*nowhere.*log\.txt"):
+        quickstart.compare_tokenizers({"vtp": replace(tokenizers["vtp"], steps=5_000), "ae": broken}, ask, tmp_path)
+    assert not (tmp_path / "vtp/tokenizer").exists()
+    assert multiprocessing.active_children() == []

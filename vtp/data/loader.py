@@ -25,7 +25,7 @@ from vtp.config import ConfigError
 from vtp.data.decode import BadImage, decode
 from vtp.data.masks import block_masks, targets
 from vtp.data.sources import Raw, Source, counts, head
-from vtp.data.views import BatchConfig, ViewsConfig, check, make
+from vtp.data.views import BatchConfig, ViewsConfig, caption_span, check, make
 from vtp.images import normalise, squash
 
 Tokenizer = Callable[[list[str]], Tensor]
@@ -352,6 +352,8 @@ def build(
         rows = _draw(len(images), batch.clip, rng)
         pictures = make([images[i] for i in rows], views.size, views.scale, views.flip, rng)[0]
         texts = [raws[i].captions[int(rng.integers(len(raws[i].captions)))] for i in rows]
+        if views.caption_spans > 0:
+            texts = [caption_span(text, rng) if rng.random() < views.caption_spans else text for text in texts]
         assert tokenizer is not None
         clip = ClipBatch(pictures, cut(tokenizer(texts)))
     if batch.rec and clip is not None and views.share:

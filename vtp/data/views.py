@@ -34,6 +34,7 @@ class ViewsConfig:
     local_scale: tuple[float, float] = (0.05, 0.32)
     local_crops: int = 8
     ssl_flip: bool = True
+    caption_spans: float = 0.0  # share of captions cut to a random run of their words: a small set's words meet alone
     mask_probability: float = 0.5  # share of the global crops that are masked
     mask_ratio: tuple[float, float] = (0.1, 0.5)  # of a masked crop's patches
 
@@ -42,8 +43,9 @@ class ViewsConfig:
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
                 raise ConfigError(f"views.{name}={[low, high]}: write [low, high] with 0 < low <= high <= 1")
-        if not 0 <= self.mask_probability <= 1:
-            raise ConfigError(f"views.mask_probability={self.mask_probability} is not between 0 and 1")
+        for name in ("mask_probability", "caption_spans"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"views.{name}={getattr(self, name)} is not between 0 and 1")
         if self.local_crops < 0:
             raise ConfigError(f"views.local_crops={self.local_crops} is negative")
 
@@ -141,3 +143,10 @@ def make(
         for i, image in enumerate(images):
             out[k, i] = resized_crop(image, boxes[i], size, flips[i])
     return out.permute(0, 1, 4, 2, 3)
+
+
+def caption_span(caption: str, rng: np.random.Generator) -> str:
+    """A run of a caption's words: its two ends are drawn at random, so that every run is as likely."""
+    words = caption.split()
+    first, last = sorted(rng.choice(len(words) + 1, 2, replace=False).tolist()) if words else (0, 0)
+    return " ".join(words[first:last])

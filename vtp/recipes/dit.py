@@ -25,13 +25,14 @@ def dit_quickstart() -> DiTTrainConfig:
     """Small latents (4 x 4 or 8 x 8) on two CPU cores, minutes. The average's horizon fits so short a run."""
     return DiTTrainConfig(
         out="runs/dit_quickstart",
-        steps=500,
+        steps=900,
         batch_size=64,
         flip=False,  # letters, left and right mean something in `scenes`
         ema=0.99,
+        cosine_weight=0.0,
         model=DiTSize(hidden_size=192, depth=6, num_heads=6),
         optim=OptimConfig(
-            lr=WarmupCosine(peak=1.5e-3, warmup=0.05),
+            lr=WarmupCosine(peak=5e-3, warmup=0.05),
             weight_decay=Ramp(start=0.0, end=0.0),
             betas=(0.9, 0.95),
             eps=1e-8,

@@ -98,7 +98,8 @@ def quickstart() -> PretrainConfig:
         cfg,
         out="runs/quickstart",
         data="scenes",
-        steps=680,
+        steps=500,
+        workers=0,  # on two cores a process that draws pictures stands in the way of the step
         model=model,
         init="fan_in",
         batch=BatchConfig(clip=128, ssl=32, rec=64),

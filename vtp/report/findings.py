@@ -409,12 +409,14 @@ def learned_from(run: Run) -> str:
 
 
 def hardware(run: Run) -> str:
-    """Processor and accelerators of a run."""
+    """Accelerators and processor of a run, and how much of the latter it used."""
     env = run.environment
     gpus = env.get("gpus") if isinstance(env.get("gpus"), list) else []
     parts = [", ".join(f"{gpus.count(g)} x {g}" for g in dict.fromkeys(gpus))] if gpus else []
     if isinstance(env.get("cpus"), int):
-        parts.append(f"{env['cpus']} CPU cores")
+        threads = env.get("torch_threads")
+        used = f"{threads} of " if isinstance(threads, int) and threads < env["cpus"] and not gpus else ""
+        parts.append(f"{used}{env['cpus']} CPU cores")
     return ", ".join(parts)
 
 

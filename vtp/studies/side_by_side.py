@@ -1,0 +1,147 @@
+"""Several runs at once, each in a process of its own on its share of the cores, with one display for all.
+
+Networks that fit a laptop are made of operations too small for many threads: two such runs side by side, on half of the
+cores each, finish well before the same two in turn.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from vtp.config import ConfigError
+from vtp.engine.logging import console
+
+LOG = "log.txt"
+
+
+class Stage(NamedTuple):
+    """What a run is doing now."""
+
+    name: str
+    done: int
+    total: int
+    status: str = ""
+
+
+Watch = Callable[[str], Stage]
+
+
+def side_by_side(jobs: Mapping[str, tuple[Callable[..., None], tuple[Any, ...]]], out: Path, watch: Watch) -> None:
+    """Call all functions at once and return when all have; what job NAME prints goes to out/NAME/log.txt.
+
+    Args:
+        jobs: by name, a function that a new process can import, and its arguments.
+        watch: tells from the files of a job what it is doing.
+
+    Raises:
+        ConfigError: a job failed; the others are stopped, and their checkpoints kept.
+        SystemExit: interrupted; every job has written its checkpoint.
+    """
+    import torch
+
+    threads = max(1, torch.get_num_threads() // len(jobs))
+    context = multiprocessing.get_context("spawn")  # a fork would inherit the locks of this process's threads
+    processes: dict[str, BaseProcess] = {}
+    with _terminable():
+        try:
+            for name, (function, arguments) in jobs.items():
+                (out / name).mkdir(parents=True, exist_ok=True)
+                processes[name] = context.Process(
+                    target=_in_process, args=(out / name / LOG, threads, function, arguments), name=name
+                )
+                processes[name].start()
+            _show(processes, watch)
+            for name, process in processes.items():
+                if process.exitcode:
+                    raise ConfigError(f"{name} stopped: {_last_line(out / name / LOG)} (all of it: {out / name / LOG})")
+        except KeyboardInterrupt:
+            console.print("interrupted; the same command goes on from the last checkpoints")
+            raise SystemExit(130) from None
+        finally:
+            for process in processes.values():
+                if process.is_alive():
+                    process.terminate()
+            for process in processes.values():
+                process.join()
+
+
+def _in_process(log: Path, threads: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """One job: its words go to the log, and a mistake is its last line."""
+    import torch
+
+    torch.set_num_threads(threads)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    try:
+        function(*arguments)
+    except Exception as error:
+        if not isinstance(error, ConfigError):
+            import traceback
+
+            traceback.print_exc()
+        print(f"{type(error).__name__}: {error}".replace("\n", " "), flush=True)
+        raise SystemExit(2) from None
+
+
+def _show(processes: Mapping[str, BaseProcess], watch: Watch) -> None:
+    """Bars until all have ended, or one has failed."""
+    columns = (
+        TextColumn("{task.fields[job]}"),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[status]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as bars:
+        tasks = {name: bars.add_task("starting", total=1, job=name, status="") for name in processes}
+        said = dict.fromkeys(processes, "")
+        while True:
+            alive = [p for p in processes.values() if p.is_alive()]
+            for name, task in tasks.items():
+                stage = watch(name)
+                bars.update(task, description=stage.name, completed=stage.done, total=stage.total, status=stage.status)
+                if stage.name != said[name] and not console.is_terminal:  # no bars there: say at least where it stands
+                    console.print(f"{name}: {stage.name}")
+                said[name] = stage.name
+            if not alive or any(p.exitcode for p in processes.values()):
+                return
+            time.sleep(0.5)
+
+
+def last_metrics(file: Path) -> dict[str, Any]:
+    """The newest complete line of a metrics.jsonl, empty before the first."""
+    if file.is_file():
+        for line in reversed(file.read_text().splitlines()):
+            try:
+                return json.loads(line)
+            except json.JSONDecodeError:  # being written
+                continue
+    return {}
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
+    return lines[-1].strip() if lines else "it said nothing"
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends this process the orderly way, so that its jobs are told."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -62,7 +62,7 @@ def cpu() -> PretrainConfig:
     """Small real images with captions, minutes on two CPU cores: 32 px, patch 8, a few thousand pairs."""
     return PretrainConfig(
         out="runs/cpu",
-        steps=1_300,
+        steps=1_150,
         batch=BatchConfig(clip=128, ssl=64, rec=64),
         workers=0,  # on two cores a process that makes views stands in the way of the step
         perceptual="teacher",
@@ -103,7 +103,7 @@ def quickstart() -> PretrainConfig:
         cfg,
         out="runs/quickstart",
         data="scenes",
-        steps=530,
+        steps=560,
         model=model,
         batch=BatchConfig(clip=128, ssl=32, rec=64),
         views=replace(cfg.views, scale=(0.9, 1.0), caption_spans=0.0, ssl_flip=False),

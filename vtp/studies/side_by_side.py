@@ -24,6 +24,7 @@ from vtp.config import ConfigError
 from vtp.engine.logging import console
 
 LOG = "log.txt"
+PATIENCE = 20.0  # seconds that an interrupted job has to save before it is told again
 
 
 class Stage(NamedTuple):
@@ -66,7 +67,9 @@ def side_by_side(jobs: Mapping[str, tuple[Callable[..., None], tuple[Any, ...]]]
             for name, process in processes.items():
                 if process.exitcode:
                     raise ConfigError(f"{name} stopped: {_last_line(out / name / LOG)} (all of it: {out / name / LOG})")
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # Ctrl-C reaches the jobs as well: they finish their step and save
+            for process in processes.values():
+                process.join(PATIENCE)
             console.print("interrupted; the same command goes on from the last checkpoints")
             raise SystemExit(130) from None
         finally:

@@ -103,7 +103,7 @@ def quickstart() -> PretrainConfig:
         cfg,
         out="runs/quickstart",
         data="scenes",
-        steps=560,
+        steps=500,
         model=model,
         batch=BatchConfig(clip=128, ssl=32, rec=64),
         views=replace(cfg.views, scale=(0.9, 1.0), caption_spans=0.0, ssl_flip=False),

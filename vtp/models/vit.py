@@ -94,8 +94,8 @@ class ViT(nn.Module):
         """
         if not blocks or not set(blocks) <= set(range(len(self.blocks))):
             raise ValueError(f"blocks {list(blocks)} are not among 0 ... {len(self.blocks) - 1}")
-        x, grid = self._embed(images, None)
-        outputs = enumerate(self._each_block(x, grid, max(blocks) + 1))
+        embedded, grid = self._embed(images, None)
+        outputs = enumerate(self._each_block(embedded, grid, max(blocks) + 1))
         taken = [self.norm(x) if norm else x for i, x in outputs if i in blocks]
         return [Tokens(y[:, 0], y[:, 1:], grid) for y in taken]
 
@@ -135,8 +135,8 @@ class ViT(nn.Module):
         if not chosen or not set(chosen) <= set(range(depth)):
             raise ValueError(f"indices={indices!r}: the {depth} blocks are 0 ... {depth - 1}, or -{depth} ... -1")
         taken: list[Any] = []
-        x, grid = self._embed(image, None)
-        for i, x in enumerate(self._each_block(x, grid, max(chosen) + 1 if stop_early else depth)):
+        embedded, grid = self._embed(image, None)
+        for i, x in enumerate(self._each_block(embedded, grid, max(chosen) + 1 if stop_early else depth)):
             if i in chosen:
                 y = self.norm(x) if norm else x
                 patches = y[:, 1:]

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PretrainedConfig, PreTrainedModel
 
 from vtp.models.config import DecoderConfig, ModelConfig, TextConfig, ViTConfig
 from vtp.models.decoder import PixelDecoder
 from vtp.models.layers import Linear, Recomputable
 from vtp.models.text import TextTransformer, pool_text
 from vtp.models.vit import Tokens, ViT
+from vtp.models.vtp_hf_processing import VTPImageProcessor
 
 PARTS = {"vision": ViTConfig, "text": TextConfig, "decoder": DecoderConfig}
 
@@ -299,5 +300,12 @@ class VTPModel(PreTrainedModel):
             raise RuntimeError(f"this tokenizer was built with {key}=false and has no such part")
 
 
+def publish(model: VTPModel, folder: Path) -> None:
+    """Write a tokenizer folder: configuration, weights, and the image processor of its image size."""
+    model.save_pretrained(folder)
+    VTPImageProcessor(model.config.image_size).save_pretrained(folder)
+
+
 AutoConfig.register("vtp", VTPConfig)
 AutoModel.register(VTPConfig, VTPModel)
+AutoImageProcessor.register(VTPConfig, slow_image_processor_class=VTPImageProcessor)

@@ -206,9 +206,9 @@ class Recomputable(nn.Module):
     _gradient_checkpointing_func: Callable[..., Tensor]  # checkpoint(module, *args), as in torch.utils.checkpoint
 
 
-def run(block: Recomputable, *args: Any) -> Tensor:
+def run(block: nn.Module, *args: Any) -> Tensor:
     """block(*args), in training with its activations recomputed where the block was told so."""
-    if block.gradient_checkpointing and block.training:
+    if isinstance(block, Recomputable) and block.gradient_checkpointing and block.training:
         return block._gradient_checkpointing_func(block, *args)
     return block(*args)
 

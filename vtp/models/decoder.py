@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vtp.models.config import DecoderConfig
-from vtp.models.layers import Block, make_norm
+from vtp.models.layers import Block, make_norm, run
 from vtp.models.rope import RopeEmbed
 
 
@@ -55,7 +55,7 @@ class PixelDecoder(nn.Module):
         x = x.to(self.proj_in.weight.dtype)  # the residual stream stays float32 under autocast, as in the trunk
         rope = self.rope_embed((rows, columns), 0, x.device)
         for block in self.blocks:
-            x = block(x, rope)
+            x = run(block, x, rope)
         x = self.proj_out(self.norm(x))  # [b, n, 3 p p]
         x = x.unflatten(2, (3, self.patch_size, self.patch_size)).unflatten(1, (rows, columns))
         return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # [b, 3, h p, w p]

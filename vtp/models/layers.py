@@ -196,7 +196,24 @@ def residual(
     return x.index_add(0, rows, update, alpha=len(x) / kept)
 
 
-class Block(nn.Module):
+class Recomputable(nn.Module):
+    """A block whose activations can be dropped, and computed again in the backward pass (gradient checkpointing).
+
+    Both attributes are set from outside, under the names that transformers gives them.
+    """
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., Tensor]  # checkpoint(module, *args), as in torch.utils.checkpoint
+
+
+def run(block: nn.Module, *args: Any) -> Tensor:
+    """block(*args), in training with its activations recomputed where the block was told so."""
+    if isinstance(block, Recomputable) and block.gradient_checkpointing and block.training:
+        return block._gradient_checkpointing_func(block, *args)
+    return block(*args)
+
+
+class Block(Recomputable):
     """Pre-norm transformer block."""
 
     def __init__(

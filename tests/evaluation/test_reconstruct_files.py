@@ -116,7 +116,7 @@ def test_broken_files_are_skipped_and_counted(tokenizer, tmp_path, capsys):
     (tmp_path / "in/notes.txt").write_text("no picture, and not called one")
     main(["reconstruct", str(tokenizer), str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--device", "cpu"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "mean of 1, 3 skipped" in shown
+    assert "1 pictures, 3 skipped" in shown
     result = json.loads((tmp_path / "out/reconstruct.json").read_text())
     assert [s["reason"].partition(":")[0] for s in result["skipped"]] == ["empty file", "corrupt image", "not an image"]
     assert result["protocol"]["skipped"] == 3

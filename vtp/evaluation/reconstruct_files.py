@@ -307,6 +307,6 @@ def table(result: dict[str, Any]) -> Table:
         shown.add_row(escape(row["file"]), "", f"[red]skipped: {escape(row['reason'])}[/]", "", "", "")
     shown.add_section()
     means = [f"{result['metrics'][k]:.{n}f}" if k in result["metrics"] else "" for k, n in (("psnr", 2), ("ssim", 4))]
-    skipped = f", {n} skipped" if (n := len(result["skipped"])) else ""
-    shown.add_row(f"mean of {len(result['pictures'])}{skipped}", "", "", *means, "")
+    shown.add_row("mean", "", "", *means, "")
+    shown.caption = f"{len(result['pictures'])} pictures, {len(result['skipped'])} skipped"
     return shown

@@ -92,7 +92,7 @@ def rows(results: Sequence[dict[str, Any]]) -> list[Row]:
         better = 1 if rate else kind(metric).better
         label = metric.replace("_images_per_second", ", images/s") if rate else kind(metric).label
         best = values.index(max(values, key=lambda v: better * v)) if better and len(set(values)) > 1 else None
-        found.append(Row(metric, label, [show(metric, v) for v in values], values, better, best))
+        found.append(Row(metric, label, [show(metric, v) for v in values], list(values), better, best))
 
     def plain(label: str, texts: Sequence[str]) -> None:
         found.append(Row(label, label, list(texts), [None] * len(texts), 0, None))

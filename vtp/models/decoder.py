@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vtp.models.config import DecoderConfig
-from vtp.models.layers import Block, make_norm, run
+from vtp.models.layers import Block, linear, make_norm, run
 from vtp.models.rope import RopeEmbed
 
 
@@ -23,7 +22,7 @@ class Pointwise(nn.Conv2d):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n e"]:
-        return F.linear(x, self.weight.flatten(1), self.bias)
+        return linear(x, self.weight.flatten(1), self.bias)
 
 
 class PixelDecoder(nn.Module):

@@ -72,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--label", help="compare only with pictures that carry this label")
     _evaluation(p)
 
+    p = _command(commands, "convert", convert, "make a tokenizer folder of a checkpoint of the published training code")
+    p.add_argument("source", type=Path, metavar="SOURCE", help="a .safetensors, .pt or .pth file")
+    p.add_argument("--config", type=Path, required=True, metavar="YAML", help="the configuration it was trained with")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR")
+    p.add_argument("--weights", default="student", choices=("student", "teacher"), help="whose trunk (student)")
+
     p = _command(commands, "latents", latents, "encode images into a folder of latents")
     p.add_argument("tokenizer", type=Path, metavar="TOKENIZER")
     p.add_argument("--data", required=True, metavar="DATA")
@@ -263,6 +269,14 @@ def generation(args: argparse.Namespace) -> None:
 
     options = {"extractor": args.extractor, "judge": args.judge, "label": args.label}
     _show(generation(args.images, args.reference, **options, cfg=_shared(args)))
+
+
+def convert(args: argparse.Namespace) -> None:
+    """vtp convert"""
+    from vtp.models.legacy import convert
+
+    model = convert(args.source, args.config, args.out, args.weights)
+    print(f"published {args.out}: {args.weights}, {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
 def latents(args: argparse.Namespace) -> None:

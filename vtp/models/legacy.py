@@ -35,11 +35,10 @@ def convert(source: Path, config: Path, out: Path, weights: Literal["student", "
     """
     if (out / "model.safetensors").exists():
         raise ConfigError(f"{out} already holds a tokenizer; give another folder")
-    model = VTPModel(_configuration(config))
-    read = _read(source)
+    network, read = _configuration(config), _read(source)
     if weights == "teacher" and not any(name.startswith("teacher_trunk.") for name in read):
         raise ConfigError(f"{source} holds no teacher_trunk.*: there is no teacher in it, take the student")
-    state = from_legacy_state(read, weights)
+    state, model = from_legacy_state(read, weights), VTPModel(network)
     expected = model.state_dict()
     for name in sorted(state.keys() | expected.keys()):
         where = f"{source}: '{legacy_name(name, weights)}'"

@@ -94,6 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=int, metavar="N", help="images at most")
     _machine(p)
 
+    p = _command(commands, "convert", convert, "make a tokenizer folder of a checkpoint of the published training code")
+    p.add_argument("source", type=Path, metavar="SOURCE", help="a .safetensors, .pt or .pth file")
+    p.add_argument("--config", type=Path, required=True, metavar="YAML", help="the configuration it was trained with")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR")
+    p.add_argument("--weights", default="student", choices=("student", "teacher"), help="whose trunk (student)")
+
     p = _command(commands, "latents", latents, "encode images into a folder of latents")
     p.add_argument("tokenizer", type=Path, metavar="TOKENIZER")
     p.add_argument("--data", required=True, metavar="DATA")
@@ -312,6 +318,14 @@ def compare(args: argparse.Namespace) -> None:
     results = write_comparison(args.tokenizers, args.data, args.out, extractor=args.extractor, cfg=cfg)
     show(table(args.tokenizers, results))
     print(f"wrote {args.out / 'compare.html'}, compare.png, compare.json")
+
+
+def convert(args: argparse.Namespace) -> None:
+    """vtp convert"""
+    from vtp.models.legacy import convert
+
+    model = convert(args.source, args.config, args.out, args.weights)
+    print(f"published {args.out}: {args.weights}, {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
 def latents(args: argparse.Namespace) -> None:

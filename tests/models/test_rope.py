@@ -66,3 +66,9 @@ def test_tables_first_made_in_any_scope_serve_training(scope):
     x = torch.randn(1, 36, head_dim, requires_grad=True)
     rotate(x, *rope((5, 7), 1, CPU)).sum().backward()
     assert rope((5, 7), 1, CPU)[0] is tables[0]
+
+
+def test_beyond_256_patches_bf16_centres_collide_as_published():
+    published = rope_tables(16, (300, 1), torch.bfloat16, CPU)[0]
+    exact = rope_tables(16, (300, 1), torch.float32, CPU)[0]
+    assert len(published.unique(dim=0)) < 200 and len(exact.unique(dim=0)) > len(published.unique(dim=0))

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -54,12 +54,18 @@ class VTPConfig(PretrainedConfig):
 
     def model_config(self) -> ModelConfig:
         """The typed form. Raises ValueError, naming the key, for values no network can be built from."""
-        parts = {
-            part: config(**{f.name: getattr(self, f"{part}_{f.name}") for f in dataclasses.fields(config)})
-            for part, config in PARTS.items()
-        }
-        rest = {f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig) if f.name not in PARTS}
-        return ModelConfig(**parts, **rest)
+        parts = {part: config(**self._values(config, f"{part}_")) for part, config in PARTS.items()}
+        return ModelConfig(**parts, **self._values(ModelConfig, ""))
+
+    def _values(self, config: type, prefix: str) -> dict[str, Any]:
+        values = {}
+        for field in dataclasses.fields(config):
+            if field.name not in PARTS:
+                value = getattr(self, prefix + field.name)
+                # published files hold whole numbers where fractions may stand: "vision_mlp_ratio": 4
+                whole = type(value) is int and "float" in str(field.type)
+                values[field.name] = float(value) if whole else value
+        return values
 
     @classmethod
     def from_vtp_yaml(cls, path: str | Path) -> VTPConfig:
@@ -110,17 +116,43 @@ def _flat_from_yaml(tree: Any, path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: {error} is missing in data, training or vtp_model") from None
 
 
+def yaml_names() -> dict[str, set[str]]:
+    """The keys of each section of vtp_model that describe the network."""
+    return {
+        section: {YAML_NAMES.get(f"{part}_{field.name}", field.name) for field in dataclasses.fields(PARTS[part])}
+        for section, part in YAML_SECTIONS.items()
+    }
+
+
 LEGACY_NAMES = {"transformer": "text_transformer", "proj": "visual_proj"}
 
 
-def from_legacy_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of the published training class under the published model's names; head and teacher are left out."""
-    renamed = {}
+def from_legacy_state(
+    state: Mapping[str, Tensor], weights: Literal["student", "teacher"] = "student"
+) -> dict[str, Tensor]:
+    """Weights of the published training class under the published model's names, without its head.
+
+    `weights` says whose trunk and projection; the other's are left out. All else has no teacher.
+    """
+    renamed: dict[str, Tensor] = {}
+    replaced = {"trunk", "proj"} if weights == "teacher" else set()
     for name, tensor in state.items():
         first, dot, rest = name.partition(".")
-        if first != "dino_head" and not first.startswith("teacher_"):
-            renamed[LEGACY_NAMES.get(first, first) + dot + rest] = tensor
+        if first in replaced or first.endswith("dino_head"):
+            continue
+        if first.startswith("teacher_"):
+            first = first.removeprefix("teacher_")
+            if first not in replaced:
+                continue
+        renamed[LEGACY_NAMES.get(first, first) + dot + rest] = tensor
     return renamed
+
+
+def legacy_name(name: str, weights: Literal["student", "teacher"] = "student") -> str:
+    """The training class's name of one of the published model's weights."""
+    first, dot, rest = name.partition(".")
+    first = {ours: theirs for theirs, ours in LEGACY_NAMES.items()}.get(first, first)
+    return ("teacher_" if weights == "teacher" and first in ("trunk", "proj") else "") + first + dot + rest
 
 
 class VTPModel(PreTrainedModel):

@@ -43,7 +43,7 @@ def test_each_tokenizer_is_measured_as_alone_and_on_the_same_pictures(tokenizers
     assert [row.best for row in equal] == [None, None]  # twins: none is better
     picture = np.asarray(Image.open(tmp_path / "compare.png"))
     half = (picture.shape[1] - 6 - 198) // 2  # left and right of the originals' column both twins drew the same
-    assert np.array_equal(picture[40:, 204 : 204 + half], picture[40:, 204 + half : 204 + 2 * half])
+    assert np.array_equal(picture[46:, 204 : 204 + half], picture[46:, 204 + half : 204 + 2 * half])
     html = (tmp_path / "compare.html").read_text()
     assert "20 images of scenes:test" in html and "<script" not in html and html.count("data:image/png") == 1
 
@@ -93,7 +93,7 @@ def test_the_grid_shows_what_it_is_given():
     originals = np.full((2, 32, 32, 3), 10, np.uint8)
     made = np.full((2, 32, 32, 3), 30, np.uint8)
     sheet = np.asarray(grid(originals, {"a name that is far too long for two tiles " * 3: (made, [1.0, 2.0])}))
-    side, top = 192, 40
+    side, top = 192, 46
     for row in range(2):
         y = top + row * (side + 26) + side // 2
         assert [int(sheet[y, 6 + column * (side + 6) + side // 2, 0]) for column in range(3)] == [10, 30, 100]

@@ -117,7 +117,7 @@ def _autoencoder_kl(folder: Path) -> _Parts:
         from diffusers import AutoencoderKL
     except ImportError:
         raise ConfigError(f"{folder} is a diffusers AutoencoderKL: pip install diffusers") from None
-    model: Any = AutoencoderKL.from_pretrained(folder, use_safetensors=True)
+    model: Any = AutoencoderKL.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
 
     def encode(images: Tensor) -> Tensor:
         return model.encode(denormalise(images) * 2 - 1).latent_dist.mode()

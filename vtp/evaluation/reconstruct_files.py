@@ -295,9 +295,9 @@ def side_by_side(pictures: Sequence[UInt8[ndarray, "h _ 3"]]) -> UInt8[ndarray, 
 def table(result: dict[str, Any]) -> Table:
     """The results of `reconstruct_files` for the terminal: `rich.print(table(result))`."""
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    shown = Table("file", "size", "done", "PSNR dB", "SSIM", "written")
+    shown = Table(Column("file", overflow="fold"), "size", "done", "PSNR dB", "SSIM", "written")
     for row in result["pictures"]:
         decibels = "exact" if row["psnr"] is None else f"{row['psnr']:.2f}"
         similarity = "too small" if row["ssim"] is None else f"{row['ssim']:.4f}"

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 SHOWN = 6  # pictures in the grid
 TILE = 192  # pixels: smaller pictures are enlarged by a whole number up to about this
 GAP, LINE = 6, 20  # pixels between tiles, and of a line of text
+GROUND = "#e9e9e9"  # neither black nor white, which are the ends of an error map
 
 
 def write_comparison(
@@ -126,7 +127,7 @@ def protocol(results: Sequence[dict[str, Any]]) -> str:
     """What all of them share, in one sentence."""
     p = results[0]["protocol"]
     distance = f"; distance in {p['extractor']}" if "extractor" in p else ""
-    threads = f" ({p['threads']} threads)" if "threads" in p else ""
+    threads = f", threads: {p['threads']}" if "threads" in p else ""
     return (
         f"{p['images']:,} images of {p['data']}, centre crop at {p['size']} px{distance}; {p['precision']}, "
         f"batches of {p['batch_size']} on {p['device']}{threads}"
@@ -142,22 +143,23 @@ def grid(
     font = ImageFont.load_default(13)
     width, height = 1 + 2 * len(columns), len(originals)
     step_x, step_y = side + GAP, side + LINE + GAP
-    sheet = Image.new("RGB", (width * step_x + GAP, 2 * LINE + height * step_y + GAP), "white")
+    top = 2 * LINE + GAP  # two lines of names
+    sheet = Image.new("RGB", (width * step_x + GAP, top + height * step_y), GROUND)
     draw = ImageDraw.Draw(sheet)
 
     def put(x: int, y: int, pixels: UInt8[ndarray, "s s 3"], text: str) -> None:
-        corner = (GAP + x * step_x, 2 * LINE + y * step_y)
+        corner = (GAP + x * step_x, top + y * step_y)
         sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), corner)
         draw.text((corner[0], corner[1] + side + 2), text, "black", font)
 
-    draw.text((GAP, GAP + LINE), "original", "black", font)
+    draw.text((GAP, LINE + 3), "original", "black", font)
     for x, (name, (pictures, decibels)) in enumerate(columns.items()):
         left = GAP + (1 + 2 * x) * step_x
         while draw.textlength(name, font) > 2 * side:
             name = "…" + name.lstrip("…")[1:]
-        draw.text((left, GAP), name, "black", font)
-        draw.text((left, GAP + LINE), "reconstruction", "#555", font)
-        draw.text((left + step_x, GAP + LINE), f"error, x {ERROR_GAIN}", "#555", font)
+        draw.text((left, 3), name, "black", font)
+        draw.text((left, LINE + 3), "reconstruction", "#555", font)
+        draw.text((left + step_x, LINE + 3), f"error, x {ERROR_GAIN}", "#555", font)
         for y, picture in enumerate(pictures):
             put(1 + 2 * x, y, picture, f"{decibels[y]:.1f} dB")
             put(2 + 2 * x, y, error_map(originals[y], picture), "")

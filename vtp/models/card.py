@@ -97,7 +97,7 @@ def _architecture(config: Mapping[str, Any], parameters: Mapping[str, int]) -> s
     rows.append(["all", "", "", "", f"{sum(parameters.values()):,}"])
     table = _table(["part", "width", "blocks", "heads", "parameters"], rows)
     text = f", text of at most {config['text_context_length']} tokens" if config["train_clip"] else ""
-    return f"{table}\n\nTrained at {config['image_size']} pixels, patches of {config['vision_patch_size']}{text}."
+    return f"{table}\n\nImages of {config['image_size']} pixels, patches of {config['vision_patch_size']}{text}."
 
 
 def _example(name: str, config: Mapping[str, Any], channels: int) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtp.images import from_symmetric, to_symmetric
 from vtp.models.published import published_stats
-from vtp.models.vtp_hf import VTPConfig, VTPModel
+from vtp.models.vtp_hf import DEFAULTS, VTPConfig, VTPModel
 
 try:
     from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -46,7 +46,7 @@ class AutoencoderVTP(ModelMixin, ConfigMixin):  # type: ignore[misc]  # config_n
     statistics the constants are 0 and 1, and the lists None.
 
     Args:
-        tokenizer: its published configuration; CLIP's parts are left out.
+        tokenizer: its published configuration, of a tokenizer without CLIP's parts.
         latent_channels: of the latents, for pipelines to read.
         spatial_compression_ratio: the patch size, for pipelines to read.
     """
@@ -65,11 +65,11 @@ class AutoencoderVTP(ModelMixin, ConfigMixin):  # type: ignore[misc]  # config_n
         latents_std: list[float] | None = None,
     ) -> None:
         super().__init__()
-        self.vtp = VTPModel(VTPConfig(**{**tokenizer, "train_clip": False}))
+        self.vtp = VTPModel(VTPConfig(**tokenizer))
 
     @classmethod
     def from_vtp(cls, folder: str | Path) -> AutoencoderVTP:
-        """From a published tokenizer folder, with its latent_stats.json if it has one.
+        """From a published tokenizer folder, without CLIP's parts, with its latent_stats.json if it has one.
 
         Raises:
             ConfigError: no tokenizer there, or statistics of other weights.
@@ -81,7 +81,7 @@ class AutoencoderVTP(ModelMixin, ConfigMixin):  # type: ignore[misc]  # config_n
             raise ValueError(f"the tokenizer in {folder} has no decoder (train_reconstruction=false)")
         mean, std = (0.0, 1.0) if stats is None else stats.overall
         vae = cls(
-            tokenizer=model.config.to_dict(),
+            tokenizer={key: getattr(model.config, key) for key in DEFAULTS} | {"train_clip": False},
             latent_channels=model.vision.latent_dim,
             spatial_compression_ratio=model.vision.patch_size,
             scaling_factor=1 / max(std, 1e-6),

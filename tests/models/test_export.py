@@ -103,12 +103,12 @@ def test_torch_programs_with_published_rotations(tmp_path):
 
 
 def test_onnx_programs(tmp_path):
-    """Other kernels: sums in another order, some 1e-6 of values around 1 after each of a few blocks."""
+    """Other kernels: sums in another order, some 1e-7 for values around 1 (measured: at most 2.1e-7)."""
     folder = published(tmp_path / "tokenizer")
     files = export(folder, tmp_path / "out", "onnx")
     assert {file.name for file in files} == {f"{name}.onnx" for name in METHODS}
     assert json.loads((tmp_path / "out/config.json").read_text())["rope_dtype"] == "fp32"
-    compare(files, onnx_program, VTPModel.from_pretrained(folder, rope_dtype="fp32"), 1e-4)
+    compare(files, onnx_program, VTPModel.from_pretrained(folder, rope_dtype="fp32"), 1e-5)
 
 
 def test_a_program_holds_the_weights_it_reads_and_no_others(folders):

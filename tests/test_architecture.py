@@ -24,7 +24,10 @@ SLOW = {  # seconds to import, so imported by the function that needs them
     *("onnx", "onnxscript", "onnxruntime"),
     *("scipy", "webdataset", "torchvision", "tensorboard", "datasets", "timm"),
 }
-SUBCLASSES = {("transformers", "vtp.models.vtp_hf"), ("diffusers", "vtp.models.diffusers_vae")}  # their base classes
+SUBCLASSES = {  # who subclasses whose classes, and so imports them at once
+    *(("transformers", f"vtp.models.{name}") for name in ("vtp_hf", "vtp_hf_processing")),
+    ("diffusers", "vtp.models.diffusers_vae"),
+}
 JUNK_DRAWERS = {"util", "utils", "common", "helper", "helpers", "misc"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 

@@ -72,6 +72,28 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--label", help="compare only with pictures that carry this label")
     _evaluation(p)
 
+    p = _command(
+        commands, "reconstruct", reconstruct, "picture files through a tokenizer and back, beside the originals"
+    )
+    p.add_argument("tokenizer", type=Path, metavar="TOKENIZER", help="VTP, or diffusers' AutoencoderKL")
+    p.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files, and folders to search")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR")
+    p.add_argument("--fit", default="pad", choices=("pad", "crop"), help="how sides become multiples of the patch")
+    p.add_argument(
+        "--tile", type=int, metavar="PIXELS", help="side of overlapping tiles; default: whole, up to 256 patches a side"
+    )
+    _machine(p)
+
+    p = _command(commands, "compare", compare, "tokenizers side by side on the same images")
+    p.add_argument("tokenizers", nargs="+", type=Path, metavar="TOKENIZER", help="VTP, or diffusers' AutoencoderKL")
+    p.add_argument("--data", required=True, metavar="DATA", help="held-out images")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR")
+    p.add_argument("--extractor", metavar="NAME", help="inception[:FILE] (rFID), squeezenet:FILE or judge:FOLDER")
+    p.add_argument("--annotations", metavar="JSONL", help="captions and labels by key, beside tar shards")
+    p.add_argument("--size", type=int, metavar="PIXELS", help="side of the images; default: the tokenizers'")
+    p.add_argument("--limit", type=int, metavar="N", help="images at most")
+    _machine(p)
+
     p = _command(commands, "latents", latents, "encode images into a folder of latents")
     p.add_argument("tokenizer", type=Path, metavar="TOKENIZER")
     p.add_argument("--data", required=True, metavar="DATA")
@@ -278,6 +300,33 @@ def generation(args: argparse.Namespace) -> None:
 
     options = {"extractor": args.extractor, "judge": args.judge, "label": args.label}
     _show(generation(args.images, args.reference, **options, cfg=_shared(args)))
+
+
+def reconstruct(args: argparse.Namespace) -> None:
+    """vtp reconstruct"""
+    from rich import print as show
+
+    from vtp.evaluation.reconstruct_files import reconstruct_files, table
+    from vtp.evaluation.run import EvalConfig
+
+    cfg = EvalConfig(batch_size=args.batch_size, device=args.device, precision=args.precision)
+    result = reconstruct_files(args.tokenizer, args.images, args.out, fit=args.fit, tile=args.tile, cfg=cfg)
+    show(table(result))
+    print(f"wrote {args.out / 'reconstruct.json'}; originals beside reconstructions in {args.out / 'strips'}")
+
+
+def compare(args: argparse.Namespace) -> None:
+    """vtp compare"""
+    from rich import print as show
+
+    from vtp.evaluation.run import EvalConfig
+    from vtp.report.comparison import table, write_comparison
+
+    names = ("annotations", "size", "limit", "batch_size", "device", "precision")
+    cfg = EvalConfig(**{name: getattr(args, name) for name in names})
+    results = write_comparison(args.tokenizers, args.data, args.out, extractor=args.extractor, cfg=cfg)
+    show(table(args.tokenizers, results))
+    print(f"wrote {args.out / 'compare.html'}, compare.png, compare.json")
 
 
 def latents(args: argparse.Namespace) -> None:

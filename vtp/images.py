@@ -51,6 +51,19 @@ def to_uint8(images: Float[Tensor, "*b 3 h w"]) -> UInt8[Tensor, "*b 3 h w"]:
     return (denormalise(images) * 255).round().to(torch.uint8)
 
 
+def rgb(image: Any) -> Any:
+    """A PIL image of any mode -> 8-bit RGB: transparency is laid over white, 16 bits lose their low byte."""
+    if image.mode.startswith("I"):  # 16 bits, which PIL opens as I;16 or as 32-bit I
+        return image.convert("I").point([level // 256 for level in range(65_536)], "L").convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = image.copy()
+        white.paste("white", (0, 0, *image.size))
+        white.alpha_composite(image)
+        return white.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
 def squash(image: Any, size: int) -> Any:
     """A PIL image -> size x size whatever its aspect ratio, bilinear: the published preprocessing for CLIP features."""
     return image.resize((size, size), BILINEAR)

@@ -6,6 +6,7 @@ from PIL import Image
 
 from vtp.data import decode as decoding
 from vtp.data.decode import BadImage, decode
+from vtp.images import rgb
 
 
 def encoded(image, suffix="PNG", **options):
@@ -52,6 +53,8 @@ def test_sixteen_bits_are_scaled_not_clipped():
     deep = Image.fromarray(np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16))
     pixels = decode(encoded(deep))
     np.testing.assert_array_equal(pixels[..., 0], np.asarray(deep) // 256)
+    as_integers = rgb(deep.convert("I"))
+    np.testing.assert_array_equal(np.asarray(as_integers), pixels)
 
 
 def test_an_animation_gives_its_first_frame():

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vtp.models.config import ViTConfig
-from vtp.models.layers import Block, RMSNorm, attention, residual, scale_init, swiglu_hidden
+from vtp.models.layers import Block, Linear, RMSNorm, attention, residual, scale_init, swiglu_hidden
 from vtp.models.rope import RopeEmbed
 from vtp.models.vit import ViT
 
@@ -92,3 +92,17 @@ def test_scale_init_gives_a_narrow_network_the_spread_of_a_wide_one():
     assert abs(weights["blocks.1.attn.proj.weight"].std() / 0.02 - 1) < 0.05  # and / sqrt(2 * 2)
     assert abs(weights["blocks.1.mlp.w3.weight"].std() / (0.01 * (768 / 512) ** 0.5) - 1) < 0.05
     assert abs(weights["feature_bottleneck.weight"].std() / 0.04 - 1) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5, 256), (7, 256), (2, 3, 4, 64)])
+def test_linear_is_the_product_with_and_without_gradients(dtype, shape):
+    torch.manual_seed(0)
+    layer = Linear(shape[-1], 24).to(dtype)
+    torch.nn.init.normal_(layer.bias)
+    x = torch.randn(shape).to(dtype)
+    expected = x.double() @ layer.weight.double().T + layer.bias.double()
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x).double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(layer(x).double(), expected, rtol=tolerance, atol=tolerance)

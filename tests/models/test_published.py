@@ -205,7 +205,7 @@ def test_pushing_sends_weights_statistics_results_and_a_card_that_loads_them(run
     write_card(run / "tokenizer", license="mit")
     model = VTPModel.from_pretrained(run / "tokenizer")
     assert model.push_to_hub("me/vtp-tiny", token="t", commit_message="first").commit_url == "hub/me/vtp-tiny/commit/1"
-    files = {"config.json", "model.safetensors", "README.md", "latent_stats.json"}
+    files = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "latent_stats.json"}
     assert Hub.sent.files.keys() == files | {"eval/zero-shot.json", "eval/generation.json"}
     assert (Hub.sent.repo_id, Hub.sent.token, Hub.sent.message) == ("me/vtp-tiny", "t", "first")
     card = Hub.sent.files["README.md"].decode()

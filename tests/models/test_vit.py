@@ -3,6 +3,7 @@ import torch
 
 from vtp.models.config import ModelConfig, TextConfig, ViTConfig
 from vtp.models.vit import ViT
+from vtp.models.vtp_hf import VTPConfig, VTPModel
 
 SMALL = ViTConfig(patch_size=4, embed_dim=32, depth=3, num_heads=2, feature_bottleneck=8)
 
@@ -38,6 +39,47 @@ def test_intermediate_features_are_those_on_the_way():
     for blocks in ([3], [-1], []):
         with pytest.raises(ValueError, match="not among 0 ... 2"):
             trunk.intermediate(images, blocks)
+
+
+def test_forward_intermediates_are_timms():
+    """Names, defaults, order and shapes of timm's method; values of the published one."""
+    config = ModelConfig(image_size=8, train_clip=False, train_reconstruction=False, vision=SMALL)
+    model = VTPModel(VTPConfig.from_model_config(config)).eval()
+    trunk, images = model.trunk, torch.randn(2, 3, 8, 12)
+    with torch.no_grad():
+        features, maps = trunk.forward_intermediates(images)
+        assert [x.shape for x in maps] == [(2, 32, 2, 3)] * 3 and features.shape == (2, 7, 32)
+        last = model.get_last_layer_feature(images)
+        assert torch.equal(features[:, 0], last["cls_token"]) and torch.equal(features[:, 1:], last["patch_tokens"])
+        for x, y in zip(maps, model.get_intermediate_layers_feature(images, 3, reshape=True, norm=False), strict=True):
+            assert torch.equal(x, y) and x.is_contiguous()
+
+        pairs = trunk.forward_intermediates(
+            images, 2, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
+        )
+        expected = model.get_intermediate_layers_feature(images, n=2, return_class_token=True)
+        for (patches, prefix), (ours, cls) in zip(pairs, expected, strict=True):
+            assert torch.equal(patches, ours) and torch.equal(prefix, cls[:, None])
+
+        early, (second, first) = trunk.forward_intermediates(images, [-2, 0], stop_early=True, output_fmt="NLC")
+        assert torch.equal(second, maps[0].flatten(2).mT)  # in the order of the blocks, whatever that of the indices
+        assert torch.equal(first, maps[1].flatten(2).mT) and torch.equal(early[:, 1:], trunk.norm(first))
+
+
+@pytest.mark.parametrize("indices", [0, 4, [3], [0, -4], []])
+def test_forward_intermediates_of_blocks_that_are_not_there(indices):
+    with pytest.raises(ValueError, match=r"the 3 blocks are 0 \.\.\. 2, or -3 \.\.\. -1"):
+        ViT(SMALL).forward_intermediates(torch.randn(1, 3, 8, 8), indices)
+    with pytest.raises(ValueError, match="output_fmt='NHWC' is unknown"):
+        ViT(SMALL).forward_intermediates(torch.randn(1, 3, 8, 8), output_fmt="NHWC")
+
+
+def test_stop_early_computes_no_block_after_the_last_asked_for():
+    trunk, ran = ViT(SMALL), []
+    for i, block in enumerate(trunk.blocks):
+        block.register_forward_hook(lambda *_, i=i: ran.append(i))
+    trunk.forward_intermediates(torch.randn(1, 3, 8, 8), [1], stop_early=True)
+    assert ran == [0, 1]
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])

@@ -243,6 +243,61 @@ def test_gradients_reach_everything_under_autocast():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+def gradients(model, image, text, precision, drop_path):
+    """Of a loss in which trunk, decoder and text tower take part; stochastic depth draws from a fixed seed."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+        tokens = model.trunk(image, drop_path=drop_path)
+        decoded = model.get_latents_decoded_images(model.latents(tokens))
+        similarity = model.clip_image(tokens) @ model.get_clip_text_feature(text).T
+        (decoded.float().square().mean() + similarity.float().sum()).backward()
+    return {name: p.grad for name, p in model.named_parameters() if name != "logit_scale"}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_gradient_checkpointing_gives_the_same_gradients(precision, drop_path, reentrant):
+    model = small().train()
+    inputs = torch.randn(4, 3, 16, 16), torch.randint(50, (3, 8)), precision, drop_path
+    expected = gradients(model, *inputs)
+    calls = dict.fromkeys(("trunk", "pixel_decoder", "text_transformer"), 0)
+
+    def count(part):
+        def hook(*_):
+            calls[part] += 1
+
+        return hook
+
+    for part in calls:
+        blocks = getattr(model, part).resblocks if part == "text_transformer" else getattr(model, part).blocks
+        for block in blocks:
+            block.register_forward_pre_hook(count(part))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    assert model.is_gradient_checkpointing
+    actual = gradients(model, *inputs)
+    assert calls == dict.fromkeys(calls, 4)  # two blocks, each once more in the backward pass
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        # the first pass of the reentrant kind asks for no gradient, so it takes the other kernels
+        tolerance = {"fp32": 1e-5, "bf16": 5e-2}[precision] if reentrant else 1e-6
+        assert (actual[name] - gradient).norm() <= tolerance * gradient.norm(), name
+    model.eval()
+    gradients(model, *inputs)
+    model.train().gradient_checkpointing_disable()
+    gradients(model, *inputs)
+    assert calls == dict.fromkeys(calls, 8) and not model.is_gradient_checkpointing
+
+
+def test_every_second_block_may_be_recomputed():
+    model = small()
+    model._set_gradient_checkpointing(every_n_layers=2)
+    assert [block.gradient_checkpointing for block in model.trunk.blocks] == [True, False]
+    assert [block.gradient_checkpointing for block in model.text_transformer.resblocks] == [True, False]
+
+
 def test_latents_are_the_same_twice_and_for_each_batch_size():
     model = small(rope_dtype="fp32")
     image = torch.randn(3, 3, 16, 16)

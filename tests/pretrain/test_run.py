@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoImageProcessor
 
 from vtp import config
 from vtp.cli import main
@@ -45,7 +46,7 @@ def folder(path, n=40, captions=True):
 def test_a_run_publishes_a_tokenizer_and_resumes_bit_for_bit(tiny, tmp_path):
     published = pretrain(tiny)
     model = VTPModel.from_pretrained(published)
-    image = torch.randn(2, 3, 16, 16)
+    image = AutoImageProcessor.from_pretrained(published)([Image.new("RGB", (30, 20), "red")] * 2)["pixel_values"]
     assert model.get_latents_decoded_images(model.get_reconstruction_latents(image)).shape == image.shape
     run = published.parent
     saved = config.load(run / "config.yaml", type(tiny)())

@@ -10,6 +10,8 @@ from jaxtyping import UInt8
 from numpy import ndarray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vtp.images import rgb
+
 MAX_PIXELS = 64_000_000  # larger pictures are taken for decompression bombs
 _ORIENTATION = 0x0112  # EXIF tag
 
@@ -39,7 +41,7 @@ def decode(data: bytes) -> UInt8[ndarray, "h w 3"]:
             image = Image.open(io.BytesIO(data))
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage("too many pixels", f"{image.width} x {image.height}, at most {MAX_PIXELS} are decoded")
-            return np.array(_rgb(_upright(image)))  # a copy that may be written to, as torch wants it
+            return np.array(rgb(_upright(image)))  # a copy that may be written to, as torch wants it
     except Image.DecompressionBombError as error:
         raise BadImage("too many pixels", str(error)) from None
     except UnidentifiedImageError:
@@ -54,12 +56,3 @@ def _upright(image: Image.Image) -> Image.Image:
     if image.getexif().get(_ORIENTATION, 1) != 1:
         return ImageOps.exif_transpose(image)
     return image
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits, which PIL opens as I;16 or as 32-bit I
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vtp.models.config import TextConfig
-from vtp.models.layers import LayerScale, Linear, attention
+from vtp.models.layers import LayerScale, Linear, Recomputable, attention, run
 
 
 class CausalAttention(nn.Module):
@@ -50,7 +50,7 @@ class TextMlp(nn.Module):
         return self.c_proj(x * torch.sigmoid(1.702 * x) if self.quick_gelu else F.gelu(x))
 
 
-class TextBlock(nn.Module):
+class TextBlock(Recomputable):
     """Pre-norm block of the text tower."""
 
     def __init__(self, cfg: TextConfig) -> None:
@@ -77,7 +77,7 @@ class TextTransformer(nn.Module):
 
     def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
         for block in self.resblocks:
-            x = block(x)
+            x = run(block, x)
         return x
 
 

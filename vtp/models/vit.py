@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vtp.models.config import ViTConfig
-from vtp.models.layers import Block, Linear, make_norm
+from vtp.models.layers import Block, Linear, make_norm, run
 from vtp.models.rope import RopeEmbed
 
 
@@ -82,7 +82,7 @@ class ViT(nn.Module):
         rope = self.rope_embed(grid, 1, x.device)
         drop_path = drop_path if self.training else 0.0
         for block in self.blocks:
-            x = block(x, rope, drop_path)
+            x = run(block, x, rope, drop_path)
         x = self.norm(x)
         return Tokens(x[:, 0], x[:, 1:], grid)
 
@@ -94,15 +94,65 @@ class ViT(nn.Module):
         """
         if not blocks or not set(blocks) <= set(range(len(self.blocks))):
             raise ValueError(f"blocks {list(blocks)} are not among 0 ... {len(self.blocks) - 1}")
-        x, grid = self._embed(images, None)
-        rope = self.rope_embed(grid, 1, x.device)
-        taken = []
-        for i, block in enumerate(self.blocks[: max(blocks) + 1]):
-            x = block(x, rope)
-            if i in blocks:
+        embedded, grid = self._embed(images, None)
+        outputs = enumerate(self._each_block(embedded, grid, max(blocks) + 1))
+        taken = [self.norm(x) if norm else x for i, x in outputs if i in blocks]
+        return [Tokens(y[:, 0], y[:, 1:], grid) for y in taken]
+
+    def forward_intermediates(
+        self,
+        image: Float[Tensor, "b 3 H W"],
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Final and intermediate features under the names, defaults and meanings of timm's method.
+
+        Args:
+            image: ImageNet-normalised.
+            indices: the last n blocks, or the blocks of a sequence (negative ones count from the end), or all (None).
+            return_prefix_tokens: pair each intermediate with its class token [b 1 d].
+            norm: apply the final norm to the intermediates too.
+            stop_early: compute no block after the last one asked for; the final features are then its own.
+            output_fmt: NCHW gives maps [b d h w], NLC tokens [b n d].
+            intermediates_only: leave out the final features.
+
+        Returns:
+            (features [b 1+n d] after the final norm, intermediates), the latter a list in the order of the blocks; or
+            that list alone.
+
+        Raises:
+            ValueError: a block that does not exist, or another format.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt={output_fmt!r} is unknown; one of 'NCHW', 'NLC'")
+        depth = len(self.blocks)
+        indices = depth if indices is None else indices
+        chosen = range(depth - indices, depth) if isinstance(indices, int) else [i + depth * (i < 0) for i in indices]
+        if not chosen or not set(chosen) <= set(range(depth)):
+            raise ValueError(f"indices={indices!r}: the {depth} blocks are 0 ... {depth - 1}, or -{depth} ... -1")
+        taken: list[Any] = []
+        embedded, grid = self._embed(image, None)
+        for i, x in enumerate(self._each_block(embedded, grid, max(chosen) + 1 if stop_early else depth)):
+            if i in chosen:
                 y = self.norm(x) if norm else x
-                taken.append(Tokens(y[:, 0], y[:, 1:], grid))
-        return taken
+                patches = y[:, 1:]
+                if output_fmt == "NCHW":
+                    patches = patches.mT.unflatten(2, grid).contiguous()  # [b, d, h, w]
+                taken.append((patches, y[:, :1]) if return_prefix_tokens else patches)
+        return taken if intermediates_only else (self.norm(x), taken)
+
+    def _each_block(
+        self, x: Float[Tensor, "b t d"], grid: tuple[int, int], depth: int
+    ) -> Iterator[Float[Tensor, "b t d"]]:
+        """The tokens after each of the first `depth` blocks, computed as they are asked for."""
+        rope = self.rope_embed(grid, 1, x.device)
+        for block in self.blocks[:depth]:
+            x = run(block, x, rope)
+            yield x
 
     def bottleneck(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b c"]:
         """Normed features, class or patches, projected to the width of the latents."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -14,14 +14,16 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PretrainedConfig, PreTrainedModel
 
 from vtp.models.config import DecoderConfig, ModelConfig, TextConfig, ViTConfig
 from vtp.models.decoder import PixelDecoder
-from vtp.models.layers import Linear
+from vtp.models.layers import Linear, Recomputable
 from vtp.models.published import WEIGHTS, upload, write_card
 from vtp.models.text import TextTransformer, pool_text
 from vtp.models.vit import Tokens, ViT
+from vtp.models.vtp_hf_processing import VTPImageProcessor
 
 PARTS = {"vision": ViTConfig, "text": TextConfig, "decoder": DecoderConfig}
 
@@ -137,7 +139,7 @@ class VTPModel(PreTrainedModel):
     config_class = VTPConfig
     base_model_prefix = ""
     main_input_name = "image"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     _no_split_modules = ["Block", "TextBlock"]
 
     text_projection: nn.Parameter | Linear | None
@@ -190,6 +192,15 @@ class VTPModel(PreTrainedModel):
         """Called by from_pretrained for modules whose weights are not in the file."""
         if not isinstance(module, nn.Embedding) and hasattr(module, "reset_parameters"):
             cast(Any, module).reset_parameters()
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        """What transformers calls to recompute every n-th block of trunk, decoder and text tower, or none."""
+        blocks = [module for module in self.modules() if isinstance(module, Recomputable)]
+        for i, block in enumerate(blocks):
+            block.gradient_checkpointing = enable and i % every_n_layers == 0
+            block._gradient_checkpointing_func = gradient_checkpointing_func
 
     # What the published methods are made of, for one pass of the trunk that serves many.
 
@@ -307,9 +318,13 @@ class VTPModel(PreTrainedModel):
             upload(folder, repo_id, **hub)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # type: ignore[override]
-        """Save, and send to a repository on the Hub, card included; options and errors as `published.upload`."""
+        """Save, and send to a repository on the Hub, image processor and card included.
+
+        Options and errors as `published.upload`.
+        """
         with TemporaryDirectory() as folder:
             self._save(Path(folder), repo_id)
+            VTPImageProcessor(self.config.image_size).save_pretrained(folder)
             return upload(Path(folder), repo_id, **options)
 
     def _save(self, folder: Path, name: str | None, *args: Any, **kwargs: Any) -> None:
@@ -323,5 +338,12 @@ class VTPModel(PreTrainedModel):
             raise RuntimeError(f"this tokenizer was built with {key}=false and has no such part")
 
 
+def publish(model: VTPModel, folder: Path) -> None:
+    """Write a tokenizer folder: configuration, weights, and the image processor of its image size."""
+    model.save_pretrained(folder)
+    VTPImageProcessor(model.config.image_size).save_pretrained(folder)
+
+
 AutoConfig.register("vtp", VTPConfig)
 AutoModel.register(VTPConfig, VTPModel)
+AutoImageProcessor.register(VTPConfig, slow_image_processor_class=VTPImageProcessor)

@@ -12,6 +12,7 @@ from vtp.data.sources import open_source
 from vtp.engine.logging import console
 from vtp.engine.loop import open_run, reseed, train
 from vtp.engine.optim import pick_device
+from vtp.models.vtp_hf import publish
 from vtp.pretrain.config import PretrainConfig
 from vtp.pretrain.learner import PretrainLearner
 from vtp.tokenizers import get_tokenizer
@@ -52,7 +53,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
         console.print(f"left out of {cfg.data}: " + ", ".join(f"{count} {reason}" for reason, count in broken.items()))
     if dist.is_main():
         (out / "data.json").write_text(json.dumps({"data": cfg.data, "broken": broken}, indent=2))
-        learner.objectives.student.save_pretrained(out / "tokenizer")
+        publish(learner.objectives.student, out / "tokenizer")
         console.print(f"published {out / 'tokenizer'}")
     dist.barrier()
     return out / "tokenizer"

@@ -104,13 +104,17 @@ def write_report(
     title = "What " + " and ".join(run.name for run in read) + " learned"
     body = _header(title, read, sections)
     body += "".join(f'<section><h2 id="{s.anchor}">{s.title}</h2>{s.body}</section>\n' for s in sections)
-    here = resources.files("vtp.report")
-    page = Template((here / "page.html").read_text(encoding="utf-8")).substitute(
-        title=escape(title), css=(here / "page.css").read_text(encoding="utf-8"), body=body + _missing(read)
-    )
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    out.write_text(self_contained(title, body + _missing(read)), encoding="utf-8")
     return out
+
+
+def self_contained(title: str, body: str) -> str:
+    """A whole page: `title` is text, `body` HTML."""
+    here = resources.files("vtp.report")
+    return Template((here / "page.html").read_text(encoding="utf-8")).substitute(
+        title=escape(title), css=(here / "page.css").read_text(encoding="utf-8"), body=body
+    )
 
 
 # --- opening ---
@@ -219,31 +223,33 @@ def _key_figures(runs: Sequence[Run]) -> str:
     groups = findings.key_figures(runs)
     if not groups:
         return ""
-    short = ""
+    names, short = [run.name for run in runs], ""
     for task, of_task in groupby(groups, key=lambda group: group.task):
         short += f'<tr class="group"><th colspan="{len(runs) + 2}">{escape(task)}</th></tr>'
         for group in of_task:
             before = f"{group.subject}: " if group.subject else ""
-            short += "".join(_row(row, before) for row in group.main())
+            short += "".join(figures_row(row, before) for row in group.main())
     full = ""
     for group in groups:
         note = group.protocol if group.same_protocol else f"{group.protocol} (protocols differ: no best is marked)"
         full += f'<tr class="group"><th colspan="{len(runs) + 2}">{escape(group.title)}'
-        full += f'<span class="note">{escape(note)}</span></th></tr>' + "".join(_row(row) for row in group.rows)
+        full += f'<span class="note">{escape(note)}</span></th></tr>' + "".join(figures_row(row) for row in group.rows)
     legend = '<p class="note"><span class="best">best</span> of the runs, one seed each.</p>' if len(runs) > 1 else ""
     return (
-        f"{legend}{_table(runs, short)}<details><summary>Every figure with its protocol</summary>"
-        f"{_table(runs, full)}</details>"
+        f"{legend}{figures_table(names, short)}<details><summary>Every figure with its protocol</summary>"
+        f"{figures_table(names, full)}</details>"
     )
 
 
-def _table(runs: Sequence[Run], body: str) -> str:
-    heads = "".join(f'<th class="value">{escape(run.name)}</th>' for run in runs)
+def figures_table(names: Sequence[str], body: str) -> str:
+    """Rows of figures (HTML) under a column for each name."""
+    heads = "".join(f'<th class="value">{escape(name)}</th>' for name in names)
     head = f"<thead><tr><th>figure</th>{heads}<th class='better'>better</th></tr></thead>"
     return f'<div class="scroll"><table class="figures">{head}<tbody>{body}</tbody></table></div>'
 
 
-def _row(row: findings.Row, before: str = "") -> str:
+def figures_row(row: findings.Row, before: str = "") -> str:
+    """One figure of all columns, the best one marked."""
     cells = "".join(
         f'<td class="value">{"&ndash;" if text is None else _best(escape(text), i == row.best)}</td>'
         for i, text in enumerate(row.shown)
@@ -558,7 +564,7 @@ def _distance_table(runs: Sequence[Run]) -> str:
         added = [None if d is None else d.added for d in of_how]
         rows += _distances("difference: what generation adds", added, fair)
     for group in findings.key_figures(runs):
-        rows += "".join(_row(r, f"{group.subject}: ") for r in group.rows if r.metric == "class_agreement")
+        rows += "".join(figures_row(r, f"{group.subject}: ") for r in group.rows if r.metric == "class_agreement")
     networks = " and ".join(dict.fromkeys(f"{d.features} ({d.network})" for d in known))
     counts = list(dict.fromkeys(d.counts for d in known if None not in d.counts and d.counts[0] != d.counts[1]))
     uneven = "".join(
@@ -568,7 +574,7 @@ def _distance_table(runs: Sequence[Run]) -> str:
     )
     return (
         f"<p class='note'>Fr&eacute;chet distances to real images: <b>{escape(networks)}</b>.{uneven}"
-        f"</p>{_table(runs, rows)}"
+        f"</p>{figures_table([run.name for run in runs], rows)}"
     )
 
 
@@ -576,7 +582,7 @@ def _distances(label: str, values: Sequence[float | None], fair: bool) -> str:
     known = [v for v in values if v is not None]
     best = values.index(min(known)) if fair and len(set(known)) > 1 else None
     shown = [None if v is None else show("fd", v) for v in values]
-    return _row(findings.Row("fd", label, shown, list(values), -1, best)) if known else ""
+    return figures_row(findings.Row("fd", label, shown, list(values), -1, best)) if known else ""
 
 
 def _files(runs: Sequence[Run]) -> str:

@@ -18,12 +18,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vtp.config import ConfigError
 from vtp.engine.logging import console
 
 LOG = "log.txt"
+PATIENCE = 20.0  # seconds that an interrupted job has to save before it is told again
 
 
 class Stage(NamedTuple):
@@ -65,8 +66,12 @@ def side_by_side(jobs: Mapping[str, tuple[Callable[..., None], tuple[Any, ...]]]
             _show(processes, watch)
             for name, process in processes.items():
                 if process.exitcode:
-                    raise ConfigError(f"{name} stopped: {_last_line(out / name / LOG)} (all of it: {out / name / LOG})")
-        except KeyboardInterrupt:
+                    log = out / name / LOG
+                    killed = f"killed by signal {-process.exitcode}; " if process.exitcode < 0 else ""
+                    raise ConfigError(f"{name} stopped: {killed}{_last_line(log)} (all of it: {log})")
+        except KeyboardInterrupt:  # Ctrl-C reaches the jobs as well: they finish their step and save
+            for process in processes.values():
+                process.join(PATIENCE)
             console.print("interrupted; the same command goes on from the last checkpoints")
             raise SystemExit(130) from None
         finally:
@@ -104,6 +109,8 @@ def _show(processes: Mapping[str, BaseProcess], watch: Watch) -> None:
         BarColumn(bar_width=24),
         TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[status]}"),
         TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bars:
         tasks = {name: bars.add_task("starting", total=1, job=name, status="") for name in processes}
@@ -112,10 +119,12 @@ def _show(processes: Mapping[str, BaseProcess], watch: Watch) -> None:
             alive = [p for p in processes.values() if p.is_alive()]
             for name, task in tasks.items():
                 stage = watch(name)
-                bars.update(task, description=stage.name, completed=stage.done, total=stage.total, status=stage.status)
-                if stage.name != said[name] and not console.is_terminal:  # no bars there: say at least where it stands
-                    console.print(f"{name}: {stage.name}")
-                said[name] = stage.name
+                if stage.name != said[name]:
+                    said[name] = stage.name
+                    bars.reset(task, description=stage.name)
+                    if not console.is_terminal:  # no bars there: say at least where it stands
+                        console.print(f"{name}: {stage.name}")
+                bars.update(task, completed=stage.done, total=stage.total, status=stage.status)
             if not alive or any(p.exitcode for p in processes.values()):
                 return
             time.sleep(0.5)

@@ -1,0 +1,133 @@
+"""Tokenizers of several makes behind one pair of functions: published VTP folders, and diffusers' AutoencoderKL."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vtp.config import ConfigError
+from vtp.engine.optim import Precision, autocast, pick_device
+from vtp.images import denormalise, normalise
+
+WEIGHTS = {"VTP": "model.safetensors", "AutoencoderKL": "diffusion_pytorch_model.safetensors"}
+
+
+class Make(NamedTuple):
+    """What a tokenizer's folder says before its weights are read."""
+
+    kind: str  # a key of WEIGHTS
+    weights: Path
+    size: int | None  # side of the images it was trained on, pixels; None where its file does not tell
+    patch: int  # sides of images are multiples of it, pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codec:
+    """A tokenizer on a device, without gradients: images are ImageNet-normalised and stay on that device."""
+
+    make: Make
+    encode: Callable[[Float[Tensor, "b 3 H W"]], Float[Tensor, "b c h w"]]
+    decode: Callable[[Float[Tensor, "b c h w"]], Float[Tensor, "b 3 H W"]]  # not clamped
+    parameters: dict[str, int]  # of "encoder" and "decoder"
+    device: torch.device
+    precision: Precision
+
+    def reconstruct(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 3 H W"]:
+        """There and back, in float32."""
+        return self.decode(self.encode(images.to(self.device)))
+
+
+def read_make(folder: Path) -> Make:
+    """What kind of tokenizer a folder holds, by its config.json.
+
+    Raises:
+        ConfigError: neither a VTP with a decoder nor an AutoencoderKL, or no weights.
+    """
+    wanted = "it should hold config.json and model.safetensors (VTP) or diffusion_pytorch_model.safetensors (diffusers)"
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = "VTP" if config.get("model_type") == "vtp" else str(config.get("_class_name"))
+    except (OSError, ValueError, AttributeError):
+        raise ConfigError(f"no tokenizer in {folder}: {wanted}") from None
+    if kind not in WEIGHTS:
+        raise ConfigError(f"{folder} is no VTP and no AutoencoderKL: {wanted}")
+    weights = folder / WEIGHTS[kind]
+    if not weights.is_file():
+        raise ConfigError(f"no weights in {folder}: {wanted}")
+    if kind == "AutoencoderKL":
+        # its sample_size is what a diffusion model was given, and often just the default
+        return Make(kind, weights, None, 2 ** (len(config.get("block_out_channels", [64])) - 1))
+    from vtp.models.vtp_hf import VTPConfig
+
+    known = VTPConfig.from_pretrained(folder)
+    if not known.train_reconstruction:
+        raise ConfigError(f"{folder} was trained with train_reconstruction=false: it has no decoder")
+    return Make(kind, weights, known.image_size, known.vision_patch_size)
+
+
+def open_codec(folder: Path, device: str = "auto", precision: Precision = "fp32") -> Codec:
+    """Open a published VTP folder, or a folder of diffusers' AutoencoderKL (latents: the mode of its posterior).
+
+    Raises:
+        ConfigError: as `read_make`, or diffusers is not installed.
+    """
+    make = read_make(folder)
+    parts = _vtp(folder) if make.kind == "VTP" else _autoencoder_kl(folder)
+    here = pick_device(device)
+    parts.model.eval().to(here)
+
+    def run(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        @torch.no_grad()
+        def call(x: Tensor) -> Tensor:
+            with autocast(here, precision):
+                return function(x).float()
+
+        return call
+
+    parameters = {"encoder": _count(parts.encoder), "decoder": _count(parts.decoder)}
+    encode, decode = run(parts.encode), run(parts.decode)
+    return Codec(make=make, encode=encode, decode=decode, parameters=parameters, device=here, precision=precision)
+
+
+class _Parts(NamedTuple):
+    model: nn.Module
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    encoder: Sequence[nn.Module | None]
+    decoder: Sequence[nn.Module | None]
+
+
+def _vtp(folder: Path) -> _Parts:
+    from vtp.models.vtp_hf import VTPModel
+
+    model: Any = VTPModel.from_pretrained(folder)
+    encode, decode = model.get_reconstruction_latents, model.get_latents_decoded_images
+    return _Parts(model, encode, decode, [model.trunk], [model.pixel_decoder])
+
+
+def _autoencoder_kl(folder: Path) -> _Parts:
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError:
+        raise ConfigError(f"{folder} is a diffusers AutoencoderKL: pip install diffusers") from None
+    model: Any = AutoencoderKL.from_pretrained(folder, use_safetensors=True)
+
+    def encode(images: Tensor) -> Tensor:
+        return model.encode(denormalise(images) * 2 - 1).latent_dist.mode()
+
+    def decode(latents: Tensor) -> Tensor:
+        return normalise(model.decode(latents).sample.float() / 2 + 0.5)
+
+    encoder, decoder = [model.encoder, model.quant_conv], [model.decoder, model.post_quant_conv]
+    return _Parts(model, encode, decode, encoder, decoder)
+
+
+def _count(modules: Sequence[nn.Module | None]) -> int:
+    return sum(p.numel() for module in modules if module is not None for p in module.parameters())

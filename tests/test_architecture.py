@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "vtp"
 FLOORS = (
-    {"config", "dist", "images", "schedules", "tokenizers"},
+    {"config", "dist", "files", "images", "schedules", "tokenizers"},
     {"models", "objectives", "flow", "metrics", "data", "engine"},
     {"pretrain", "finetune", "generation", "evaluation"},
     {"recipes", "studies", "report"},
@@ -21,7 +21,12 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 GROUND = sys.stdlib_module_names | {"torch", "omegaconf", "jaxtyping"}  # all that floor 0 stands on
 SLOW = {  # seconds to import, so imported by the function that needs them
     *("transformers", "open_clip", "torchmetrics", "torch_fidelity", "lpips", "diffusers", "matplotlib", "sklearn"),
+    *("onnx", "onnxscript", "onnxruntime"),
     *("scipy", "webdataset", "torchvision", "tensorboard", "datasets", "timm"),
+}
+SUBCLASSES = {  # who subclasses whose classes, and so imports them at once
+    *(("transformers", f"vtp.models.{name}") for name in ("vtp_hf", "vtp_hf_processing")),
+    ("diffusers", "vtp.models.diffusers_vae"),
 }
 JUNK_DRAWERS = {"util", "utils", "common", "helper", "helpers", "misc"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -48,7 +53,7 @@ def check(source: str, module: str) -> list[str]:
                 found.append(f"{path}:{line}: imports {name}, sideways; rooms of floor {FLOOR[room]} are strangers")
         if FLOOR.get(room) == 0 and room != "tokenizers" and top not in GROUND | {"vtp"}:
             found.append(f"{path}:{line}: imports {name}; floor 0 stands on torch, omegaconf and the standard library")
-        if at_import and top in SLOW and not (top == "transformers" and module.startswith("vtp.models.vtp_hf")):
+        if at_import and top in SLOW and (top, module) not in SUBCLASSES:
             found.append(f"{path}:{line}: imports {top} when it is imported; import it in the function that uses it")
         if top in PICKLES:
             found.append(f"{path}:{line}: imports {top}; nothing that a run reads is a pickle")
@@ -136,6 +141,7 @@ def test_the_checker_sees(module: str, source: str, rule: str):
     ("module", "source"),
     [
         ("vtp.models.vtp_hf", "from transformers import PreTrainedModel"),
+        ("vtp.models.diffusers_vae", "try:\n    import diffusers\nexcept ImportError: ..."),
         (
             "vtp.models.vit",
             "from vtp import images\nfrom vtp.models import layers\nfrom .rope import rope",

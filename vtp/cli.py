@@ -111,6 +111,21 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=int, metavar="N", help="images at most; give it for scenes, which has a million")
     _machine(p)
 
+    p = _command(commands, "export", export, "write programs that run without this package")
+    p.add_argument("tokenizer", type=Path, metavar="TOKENIZER", help="a published folder")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR")
+    p.add_argument("--format", default="torch", choices=("torch", "onnx"), help="torch.export's .pt2, or ONNX")
+
+    p = _command(commands, "publish", publish, "write a tokenizer's card, and send it to the Hub")
+    p.add_argument("tokenizer", type=Path, metavar="TOKENIZER", help="a published folder")
+    p.add_argument("--stats", type=Path, metavar="LATENTS|FILE", help="a folder of latents, or a latents_stats.pt")
+    p.add_argument(
+        "--results", type=Path, nargs="+", default=(), metavar="JSON", help="besides those in eval/ of the run"
+    )
+    p.add_argument("--license", metavar="ID", help="as the Hub calls it, for the card")
+    p.add_argument("--push", metavar="USER/NAME", help="the repository to send the folder to")
+    p.add_argument("--private", action="store_true", help="if that repository is a new one")
+
     p = _command(commands, "train-dit", train_dit, "train a diffusion transformer on latents")
     _recipe(p, DITS)
 
@@ -334,6 +349,24 @@ def latents(args: argparse.Namespace) -> None:
 
     names = ("label", "annotations", "size", "flip", "limit", "batch_size", "device", "precision")
     encode_latents(args.tokenizer, args.data, args.out, **{name: getattr(args, name) for name in names})
+
+
+def export(args: argparse.Namespace) -> None:
+    """vtp export"""
+    from vtp.models.export import export
+
+    for file in export(args.tokenizer, args.out, args.format):
+        print(f"wrote {file}")
+
+
+def publish(args: argparse.Namespace) -> None:
+    """vtp publish"""
+    from vtp.models.published import add_evidence, upload, write_card
+
+    add_evidence(args.tokenizer, args.stats, args.results)
+    print(f"card: {write_card(args.tokenizer, name=args.push, license=args.license)}")
+    if args.push is not None:
+        print(f"sent to {upload(args.tokenizer, args.push, private=True if args.private else None).commit_url}")
 
 
 def sample(args: argparse.Namespace) -> None:

@@ -35,6 +35,17 @@ def denormalise(images: Float[Tensor, "*b 3 h w"]) -> Float[Tensor, "*b 3 h w"]:
     return (x * std + mean).clamp(0, 1)
 
 
+def from_symmetric(images: Float[Tensor, "*b 3 h w"]) -> Float[Tensor, "*b 3 h w"]:
+    """Floats -1..1, as diffusers has them -> ImageNet-normalised floats."""
+    return normalise((images + 1) / 2)
+
+
+def to_symmetric(images: Float[Tensor, "*b 3 h w"]) -> Float[Tensor, "*b 3 h w"]:
+    """ImageNet-normalised floats -> floats -1..1, not clamped."""
+    mean, std = _statistics(images)
+    return (images * std + mean) * 2 - 1
+
+
 def to_uint8(images: Float[Tensor, "*b 3 h w"]) -> UInt8[Tensor, "*b 3 h w"]:
     """ImageNet-normalised floats -> bytes, rounded (truncation darkens every picture by half a level)."""
     return (denormalise(images) * 255).round().to(torch.uint8)

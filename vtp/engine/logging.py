@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -94,12 +93,3 @@ def environment() -> dict[str, Any]:
         "world_size": dist.world_size(),
         "versions": versions,
     }
-
-
-def file_sha256(file: Path) -> str:
-    """Hash of a file's bytes, in hexadecimal: which weights a figure or a folder of latents belongs to."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

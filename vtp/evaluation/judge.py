@@ -21,7 +21,7 @@ from torch import Tensor
 from vtp.config import ConfigError
 from vtp.data.decode import BadImage, decode
 from vtp.data.sources import Source
-from vtp.engine.logging import file_sha256
+from vtp.files import file_sha256
 from vtp.images import normalise, squash
 from vtp.metrics.extractors import Extractor
 from vtp.models.cnn import ConvClassifier

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vtp.engine.logging import environment, file_sha256
+from vtp.engine.logging import environment
+from vtp.files import file_sha256
 from vtp.images import to_uint8
 
 

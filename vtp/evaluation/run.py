@@ -18,7 +18,6 @@ from torch import Tensor
 from vtp.config import ConfigError
 from vtp.data.loader import class_names, image_batches, labelled_batches
 from vtp.data.sources import CLASS_TEMPLATES, Source, open_source
-from vtp.engine.logging import file_sha256
 from vtp.engine.optim import Precision, autocast, pick_device
 from vtp.evaluation import generation as generated
 from vtp.evaluation import probes
@@ -26,6 +25,7 @@ from vtp.evaluation import reconstruction as reconstructed
 from vtp.evaluation import zero_shot as zero
 from vtp.evaluation.judge import answers, judge_extractor, load_judge
 from vtp.evaluation.results import Seen, write_result
+from vtp.files import file_sha256
 from vtp.images import center_crop, to_uint8
 from vtp.metrics.extractors import Extractor, load_extractor
 

@@ -26,24 +26,27 @@ from torch import Tensor
 from vtp.config import ConfigError
 from vtp.data.decode import BadImage, decode
 from vtp.data.sources import Raw, Source, open_source
-from vtp.engine.logging import console, file_sha256, progress_bar
+from vtp.engine.logging import console, progress_bar
 from vtp.engine.optim import Precision, autocast, pick_device
+from vtp.files import file_sha256
 from vtp.images import center_crop, normalise
+from vtp.models.latent_stats import ChannelStats
 
 STATS = "stats.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentStats:
-    """What stats.json says of a folder of latents: how to normalise them and where they come from."""
+class LatentStats(ChannelStats):
+    """What stats.json says of a folder of latents: how to normalise them and where they come from.
 
-    mean: tuple[float, ...]  # per channel, over all unmirrored latents and positions
-    std: tuple[float, ...]  # per channel, unbiased
+    Mean and standard deviation are over all unmirrored latents.
+    """
+
     shape: tuple[int, int, int]  # channels, rows, columns
     count: int  # images
-    flip: bool  # whether the mirrored images' latents are there too
     size: int  # side of the images in pixels
     data: str
+    flip: bool  # whether the mirrored images' latents are there too
     limit: int | None  # images asked for at most
     label: str  # which of the data's labels
     classes: tuple[str, ...]  # names of the label's values
@@ -70,20 +73,6 @@ class LatentStats:
     def write(self, file: Path) -> None:
         """To a stats.json."""
         file.write_text(json.dumps(asdict(self), indent=2) + "\n")
-
-    def normalise(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """To mean 0 and standard deviation 1 in every channel; a channel that never changes becomes 0."""
-        mean, std = self._tensors(latents)
-        return (latents - mean) / std
-
-    def denormalise(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Back to what the tokenizer's decoder reads."""
-        mean, std = self._tensors(latents)
-        return latents * std + mean
-
-    def _tensors(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = torch.tensor([self.mean, self.std], dtype=like.dtype, device=like.device)[..., None, None]
-        return mean, std.clamp(min=1e-6)
 
 
 class Latents:

@@ -14,8 +14,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from vtp.config import ConfigError
-from vtp.engine.logging import console, file_sha256, progress_bar
+from vtp.engine.logging import console, progress_bar
 from vtp.engine.optim import Precision, autocast, pick_device
+from vtp.files import file_sha256
 from vtp.flow.guidance import classifier_free
 from vtp.flow.samplers import Velocity, dopri5, euler, heun
 from vtp.flow.times import warped_times

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -56,5 +58,7 @@ class PixelDecoder(nn.Module):
         for block in self.blocks:
             x = run(block, x, rope)
         x = self.proj_out(self.norm(x))  # [b, n, 3 p p]
+        if torch.compiler.is_compiling():  # the same pixels; of the line below an exporter cannot prove what it must
+            return F.pixel_shuffle(x.mT.unflatten(2, (rows, columns)), self.patch_size)
         x = x.unflatten(2, (3, self.patch_size, self.patch_size)).unflatten(1, (rows, columns))
         return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # [b, 3, h p, w p]

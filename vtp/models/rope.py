@@ -20,6 +20,13 @@ def rope_periods(head_dim: int, dtype: torch.dtype, device: torch.device | None 
     return 100.0 ** (2 * i / (head_dim // 2))
 
 
+def _centres(size: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " n"]:
+    """0.5, 1.5, ... size - 0.5."""
+    if torch.compiler.is_compiling():  # a size may be a symbol, of which arange(0.5, size) makes no length
+        return (torch.arange(size, dtype=torch.float32, device=device) + 0.5).to(dtype)
+    return torch.arange(0.5, size, dtype=dtype, device=device)
+
+
 def rope_tables(
     head_dim: int, grid: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> tuple[Float[Tensor, "n h"], Float[Tensor, "n h"]]:
@@ -28,7 +35,7 @@ def rope_tables(
     The order of the operations decides the published bits. In bf16 patch centres collide beyond 256 patches a side.
     """
     with torch.autocast(device.type, enabled=False):  # autocast would compute the power in float32
-        axes = [torch.arange(0.5, size, dtype=dtype, device=device) / size for size in grid]
+        axes = [_centres(size, dtype, device) / size for size in grid]
         coords = 2 * torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1) - 1  # [n, 2]
         angles = 2 * math.pi * coords[:, :, None] / rope_periods(head_dim, dtype, device)  # [n, 2, h/4]
         angles = angles.flatten(1).tile(2)  # [n, h]

@@ -87,7 +87,7 @@ def pool_text(x: Float[Tensor, "b l d"], text: Int[Tensor, "b l"], pool_type: st
     `none` keeps all tokens.
     """
     if pool_type == "argmax":
-        return x[torch.arange(len(x), device=x.device), text.argmax(dim=-1)]
+        return x[torch.arange(x.shape[0], device=x.device), text.argmax(dim=-1)]
     if pool_type == "none":
         return x
     return x[:, 0 if pool_type == "first" else -1]

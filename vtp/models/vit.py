@@ -172,4 +172,4 @@ class ViT(nn.Module):
             x = torch.where(masks[..., None], self.mask_token.to(x.dtype), x)
         elif self.training:  # every parameter takes part in every step, for data-parallel training
             cls = cls + 0 * self.mask_token
-        return torch.cat([cls.expand(len(x), -1, -1), x], dim=1), grid
+        return torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1), grid

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, cast
 
 import torch
@@ -18,6 +20,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, PretrainedCo
 from vtp.models.config import DecoderConfig, ModelConfig, TextConfig, ViTConfig
 from vtp.models.decoder import PixelDecoder
 from vtp.models.layers import Linear, Recomputable
+from vtp.models.published import WEIGHTS, upload, write_card
 from vtp.models.text import TextTransformer, pool_text
 from vtp.models.vit import Tokens, ViT
 from vtp.models.vtp_hf_processing import VTPImageProcessor
@@ -153,6 +156,9 @@ def legacy_name(name: str, weights: Literal["student", "teacher"] = "student") -
     first, dot, rest = name.partition(".")
     first = {ours: theirs for theirs, ours in LEGACY_NAMES.items()}.get(first, first)
     return ("teacher_" if weights == "teacher" and first in ("trunk", "proj") else "") + first + dot + rest
+
+
+HUB_OPTIONS = ("repo_id", "private", "token", "commit_message", "commit_description", "revision", "create_pr")
 
 
 class VTPModel(PreTrainedModel):
@@ -326,6 +332,38 @@ class VTPModel(PreTrainedModel):
         if forward_type == "feature":
             return self.get_last_layer_feature(image, use_bottleneck=True)
         raise ValueError(f"forward_type={forward_type!r} is unknown; one of 'clip', 'rec', 'feature'")
+
+    # Publishing: what transformers does, and a card.
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """As transformers saves, and README.md, with what is known about these weights: see `published.write_card`.
+
+        With push_to_hub also as `push_to_hub` does, to repo_id (default: the folder's name).
+        """
+        hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
+        folder = Path(save_directory)
+        repo_id = hub.pop("repo_id", folder.name)
+        self._save(folder, repo_id if push_to_hub else None, *args, **kwargs)
+        if push_to_hub:
+            upload(folder, repo_id, **hub)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # type: ignore[override]
+        """Save, and send to a repository on the Hub, image processor and card included.
+
+        Options and errors as `published.upload`.
+        """
+        with TemporaryDirectory() as folder:
+            self._save(Path(folder), repo_id)
+            VTPImageProcessor(self.config.image_size).save_pretrained(folder)
+            return upload(Path(folder), repo_id, **options)
+
+    def _save(self, folder: Path, name: str | None, *args: Any, **kwargs: Any) -> None:
+        super().save_pretrained(folder, *args, **kwargs)
+        if (folder / WEIGHTS).is_file() and kwargs.get("is_main_process", True):  # not: shards, variants, other ranks
+            origin = Path(self.name_or_path or "")  # a folder, a repository, or nothing
+            write_card(folder, name=name, origin=origin if self.name_or_path and origin.is_dir() else None)
 
     def _require(self, key: str) -> None:
         if not getattr(self.config, key):

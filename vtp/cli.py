@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ConfigError, FileNotFoundError, NonFiniteError) as error:
         print(f"vtp: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("vtp: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 from dataclasses import replace
 
@@ -143,3 +144,37 @@ def test_dry_run_prints_the_resolved_configuration_and_writes_nothing(tmp_path, 
     printed = capsys.readouterr().out
     assert "embed_dim: 768" in printed and "clip: 64" in printed and "ssl: 0.0" in printed
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_mostly_broken_data_is_one_line(workers, tmp_path, capsys):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for i in range(60):
+        (folder / f"{i}.jpg").write_bytes(picture(i) if i < 10 else b"not a picture")
+    lines = [json.dumps({"file_name": f"{i}.jpg", "text": f"number {i}"}) for i in range(60)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    words = [f"data={folder}", f"out={tmp_path / 'run'}", f"workers={workers}", "batch.clip=16", "batch.ssl=4"]
+    with pytest.raises(SystemExit) as stop:
+        main(["pretrain", "cpu", "batch.rec=4", "steps=50", *words])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert re.search(r"vtp: .*broken: \d+ of \d+ samples cannot be used .*mend the data\n$", error)
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("weights.clip=-1", "weights.clip=-1.0 is negative"),
+        ("loop.log_every=0", "loop.log_every=0; it must be at least 1"),
+        ("batch.ssl=1", "batch.ssl=1 leaves koleo no neighbour"),
+        ("device=tpu", "device=tpu cannot be used"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(word, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["pretrain", "cpu", "data=scenes", f"out={tmp_path / 'run'}", word])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -69,11 +69,9 @@ def test_every_stage_leaves_its_files_and_the_page_shows_both(small, tmp_path):
         assert (run / "samples/grid.png").is_file()
     page = write_report(runs, tmp_path / "report.html").read_text()
     assert "<html" in page and "vtp" in page and "ae" in page
-    weights = (runs[0] / "tokenizer/model.safetensors").stat().st_mtime_ns
     step = (runs[0] / "metrics.jsonl").read_text()
     quickstart.compare_tokenizers(tokenizers, ask, tmp_path)
     assert (runs[0] / "metrics.jsonl").read_text() == step  # no step was taken again
-    assert (runs[0] / "tokenizer/model.safetensors").stat().st_mtime_ns >= weights
 
 
 def test_a_run_that_fails_is_named_with_its_reason_and_the_other_is_stopped(small, tmp_path):
@@ -82,4 +80,4 @@ def test_a_run_that_fails_is_named_with_its_reason_and_the_other_is_stopped(smal
     with pytest.raises(ConfigError, match=r"ae stopped: ConfigError: .*nowhere.*log\.txt"):
         quickstart.compare_tokenizers({"vtp": replace(tokenizers["vtp"], steps=5_000), "ae": broken}, ask, tmp_path)
     assert not (tmp_path / "vtp/tokenizer").exists()
-    assert multiprocessing.active_children() == []
+    assert not {"vtp", "ae"} & {child.name for child in multiprocessing.active_children()}

@@ -136,7 +136,10 @@ class Loader:
     def __next__(self) -> Batch:
         if self._iterator is None:
             self._iterator = self._start()
-        batch = next(self._iterator)
+        try:
+            batch = next(self._iterator)
+        except ConfigError as error:  # a worker's comes with its traceback in the text; the last line says it all
+            raise ConfigError(str(error).strip().splitlines()[-1].split("ConfigError: ")[-1]) from None
         worker = batch.cursor.worker
         self._dataset.cursors[worker] = batch.cursor
         self._reports[worker] = batch.report
@@ -284,9 +287,9 @@ class _Batches(IterableDataset[Batch]):
         seen, broken = report["samples"], sum(n for reason, n in report.items() if reason != "samples")
         if broken > self.max_broken * seen and broken >= 20:
             reasons = ", ".join(f"{n} {reason}" for reason, n in report.most_common() if reason != "samples")
-            raise ValueError(
+            raise ConfigError(
                 f"{self.source.name}: {broken} of {seen} samples cannot be used ({reasons}), more than the share "
-                f"max_broken={self.max_broken}; mend the data or raise the limit"
+                f"{self.max_broken} that a run bears; mend the data"
             )
 
 
@@ -323,7 +326,7 @@ def positions(
                 yield raw, cursor._replace(epoch=epoch, first=first, skip=skip, done=j + 1)
             (first, skip), done = end, 0
         if empty:
-            raise ValueError(f"{source.name}: an epoch gave no sample to loader process {stream} of {streams}")
+            raise ConfigError(f"{source.name}: an epoch gave no sample to loader process {stream} of {streams}")
         epoch, first, skip, done = epoch + 1, 0, 0, 0
 
 

@@ -32,6 +32,11 @@ class LoopConfig:
     keep: int = 2  # checkpoints that stay
     tensorboard: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"loop.{name}={getattr(self, name)}; it must be at least 1")
+
 
 @runtime_checkable
 class Learner(Protocol):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from vtp.config import ConfigError
 from vtp.schedules import Ramp, WarmupCosine
 
 Precision = Literal["fp32", "bf16"]
@@ -67,9 +68,19 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is this rank's GPU where there is one, else the CPU."""
+    """`auto` is this rank's GPU where there is one, else the CPU.
+
+    Raises:
+        ConfigError: a device that torch does not know, or that is not there.
+    """
     from vtp.dist import local_rank
 
     if name != "auto":
-        return torch.device(name)
+        try:
+            device = torch.device(name)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"device={name} cannot be used ({reason}); use auto, cpu or cuda") from None
+        return device
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")

@@ -24,6 +24,11 @@ class Weights:
     perceptual: float = 1.0  # inside rec
     koleo: float = 0.1  # inside ssl
 
+    def __post_init__(self) -> None:
+        for name, weight in vars(self).items():
+            if weight < 0:
+                raise ConfigError(f"weights.{name}={weight} is negative; 0 switches a loss off")
+
     def by_loss(self) -> dict[str, float]:
         """Factor of each named loss in the total; only what is not switched off."""
         factors = {
@@ -89,6 +94,8 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if not self.weights.by_loss():
             raise ConfigError("weights: every objective is 0, there is nothing to learn")
+        if self.weights.ssl > 0 and self.weights.koleo > 0 and self.batch.ssl == 1:
+            raise ConfigError("batch.ssl=1 leaves koleo no neighbour; take at least 2, or set weights.koleo=0")
         if self.steps < 1:
             raise ConfigError(f"steps must be at least 1, not {self.steps}")
         if self.contrast == "siglip" and self.model.init_logit_bias is None and self.weights.clip > 0:

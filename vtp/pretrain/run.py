@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from vtp import dist
@@ -47,13 +48,23 @@ def pretrain(cfg: PretrainConfig) -> Path:
     out = open_run(cfg, cfg.resume, ignore=ORCHESTRATION)
     reseed(cfg.seed, 0, 0)  # every rank starts from the same weights
     learner = PretrainLearner(cfg, device)
-    train(learner, loader, cfg.steps, cfg.seed, cfg.loop, out, title=out.name)
-    broken = {reason: count for reason, count in loader.report.items() if reason != "samples"}
-    if broken:
-        console.print(f"left out of {cfg.data}: " + ", ".join(f"{count} {reason}" for reason, count in broken.items()))
+    try:
+        train(learner, loader, cfg.steps, cfg.seed, cfg.loop, out, title=out.name)
+    finally:  # an interrupted run reports as well
+        _report_broken(loader, cfg.data, out / "data.json")
     if dist.is_main():
-        (out / "data.json").write_text(json.dumps({"data": cfg.data, "broken": broken}, indent=2))
         publish(learner.objectives.student, out / "tokenizer")
         console.print(f"published {out / 'tokenizer'}")
     dist.barrier()
     return out / "tokenizer"
+
+
+def _report_broken(loader: Loader, data: str, file: Path) -> None:
+    """Add the reads that gave nothing to data.json, by reason; a broken sample counts in each epoch that meets it."""
+    broken = Counter({reason: count for reason, count in loader.report.items() if reason != "samples"})
+    if broken:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in broken.items())
+        console.print(f"left out of {data}, over all epochs: {reasons}")
+    if dist.is_main():
+        before = json.loads(file.read_text())["broken"] if file.is_file() else {}
+        file.write_text(json.dumps({"data": data, "broken": dict(Counter(before) + broken)}, indent=2))

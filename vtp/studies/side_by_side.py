@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from vtp.config import ConfigError
 from vtp.engine.logging import console
 
 LOG = "log.txt"
+STOPPED = 3  # exit code of a job that was told to stop
 PATIENCE = 20.0  # seconds that an interrupted job has to save before it is told again
 
 
@@ -87,11 +89,14 @@ def _in_process(log: Path, threads: int, function: Callable[..., None], argument
     import torch
 
     torch.set_num_threads(threads)
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
     try:
         function(*arguments)
+    except SystemExit:  # told to stop: its checkpoint is written, but the job is not done
+        raise SystemExit(STOPPED) from None
     except Exception as error:
         if not isinstance(error, ConfigError):
             import traceback
@@ -99,6 +104,14 @@ def _in_process(log: Path, threads: int, function: Callable[..., None], argument
             traceback.print_exc()
         print(f"{type(error).__name__}: {error}".replace("\n", " "), flush=True)
         raise SystemExit(2) from None
+
+
+def _stop_with_parent() -> None:
+    """Nobody waits for a job whose parent was killed: it saves and ends, before the same command starts it again."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _show(processes: Mapping[str, BaseProcess], watch: Watch) -> None:
@@ -149,7 +162,7 @@ def _last_line(log: Path) -> str:
 @contextmanager
 def _terminable() -> Iterator[None]:
     """SIGTERM ends this process the orderly way, so that its jobs are told."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield
     finally:

@@ -218,7 +218,7 @@ def test_a_run_stops_when_too_much_is_broken(tmp_path, workers):
     rows = [{"file_name": f"{i:02d}.jpg", "text": "t"} for i in range(100)]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     stream = loader(open_source(str(tmp_path)), workers=workers)
-    with pytest.raises(ValueError, match="empty file.*max_broken=0.5"):
+    with pytest.raises(ValueError, match="empty file.*share 0.5"):
         for _ in range(50):
             next(stream)
     patient = loader(open_source(str(tmp_path)), workers=workers, max_broken=0.9)

@@ -10,6 +10,8 @@ process that has loaded the model (Linux).
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib.util
 import json
 import os
@@ -140,6 +142,8 @@ def encode_memory(whose: str, precision: str, source: str) -> None:
     """Print the MB that one encode adds to the peak of this process."""
     model = our_model() if whose == "ours" else upstream_model(Path(source))
     images = torch.randn(BATCH, 3, SIZE, SIZE)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what building the model left free would hide what encoding takes
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before = resident("VmRSS")
     measured(lambda: model.get_reconstruction_latents(images), precision)

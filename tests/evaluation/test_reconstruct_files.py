@@ -12,10 +12,10 @@ from vtp.evaluation.reconstruct_files import (
     Picture,
     error_map,
     find_files,
+    in_a_row,
     output_names,
     reconstruct_files,
     same_size,
-    side_by_side,
     starts,
     tile_for,
     tiled,
@@ -70,7 +70,7 @@ def test_padding_repeats_the_edge_and_is_cut_off_again(tokenizer, tmp_path):
     mse = np.square(pixels.astype(float) - back).mean()
     assert row["psnr"] == pytest.approx(10 * np.log10(255**2 / mse), abs=0.05)  # of bytes here, of floats there
     strip = read(tmp_path / "out/strips/a.png")
-    assert np.array_equal(strip, side_by_side([pixels, back, error_map(pixels, back)]))
+    assert np.array_equal(strip, in_a_row([pixels, back, error_map(pixels, back)]))
     assert json.loads((tmp_path / "out/reconstruct.json").read_text()) == result
     assert result["metrics"]["psnr"] == row["psnr"] and result["protocol"]["fit"] == "pad"
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vtp.config import ConfigError
 from vtp.engine.optim import Precision, autocast, pick_device
-from vtp.images import denormalise, normalise
+from vtp.images import from_symmetric, to_symmetric
 
 WEIGHTS = {"VTP": "model.safetensors", "AutoencoderKL": "diffusion_pytorch_model.safetensors"}
 
@@ -120,10 +120,10 @@ def _autoencoder_kl(folder: Path) -> _Parts:
     model: Any = AutoencoderKL.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
 
     def encode(images: Tensor) -> Tensor:
-        return model.encode(denormalise(images) * 2 - 1).latent_dist.mode()
+        return model.encode(to_symmetric(images).clamp(-1, 1)).latent_dist.mode()
 
     def decode(latents: Tensor) -> Tensor:
-        return normalise(model.decode(latents).sample.float() / 2 + 0.5)
+        return from_symmetric(model.decode(latents).sample.float())
 
     encoder, decoder = [model.encoder, model.quant_conv], [model.decoder, model.post_quant_conv]
     return _Parts(model, encode, decode, encoder, decoder)

@@ -258,7 +258,7 @@ def _write(picture: Picture, back: Float[Tensor, "3 h w"], out: Path, tile: int 
     pair = denormalise(back[None]), denormalise(original)
     pixels = to_uint8(back).permute(1, 2, 0).cpu().numpy()
     Image.fromarray(pixels).save(out / f"{picture.name}.png")
-    strip = side_by_side([picture.pixels, pixels, error_map(picture.pixels, pixels)])
+    strip = in_a_row([picture.pixels, pixels, error_map(picture.pixels, pixels)])
     Image.fromarray(strip).save(out / "strips" / f"{picture.name}.png")
     decibels = float(psnr(*pair))
     return {
@@ -283,7 +283,7 @@ def error_map(before: UInt8[ndarray, "h w 3"], after: UInt8[ndarray, "h w 3"]) -
     return np.repeat(error.clip(0, 255).round().astype(np.uint8), 3, axis=-1)
 
 
-def side_by_side(pictures: Sequence[UInt8[ndarray, "h _ 3"]]) -> UInt8[ndarray, "h _ 3"]:
+def in_a_row(pictures: Sequence[UInt8[ndarray, "h _ 3"]]) -> UInt8[ndarray, "h _ 3"]:
     """Pictures of one height in a row, with a white gap."""
     gap = np.full((pictures[0].shape[0], GAP, 3), 255, np.uint8)
     parts = [pictures[0]]

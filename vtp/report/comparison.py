@@ -23,7 +23,7 @@ from vtp.evaluation.run import EvalConfig
 from vtp.images import center_crop, denormalise, normalise, to_uint8
 from vtp.metrics.fidelity import psnr
 from vtp.report.findings import Row, kind, show
-from vtp.report.page import figures_row, figures_table, self_contained
+from vtp.report.markup import figures_row, figures_table, self_contained
 from vtp.report.pictures import read_held_out
 
 if TYPE_CHECKING:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from importlib import resources
 from itertools import groupby
 from pathlib import Path
-from string import Template
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +16,7 @@ from numpy import ndarray
 from omegaconf import OmegaConf
 from PIL import Image
 
-from vtp.report import findings, pictures, plots
+from vtp.report import findings, markup, pictures, plots
 from vtp.report.findings import duration, show
 from vtp.report.pictures import Confusion, HeldOut, Hit, Retrieval, Tokenizer
 from vtp.report.runs import Run, read_runs
@@ -43,7 +39,6 @@ MACHINERY = {
 }
 TEACHER = {"teacher_entropy_mean": "mean prediction", "teacher_entropy_single": "single predictions"}
 NOT_CURVES = ("step", "images", "seconds", *TEACHER)
-LOSSLESS = 128  # pixels: larger pictures are kept as JPEG, or the page grows heavy
 SHEET = 4  # samples shown of each class
 
 
@@ -105,16 +100,8 @@ def write_report(
     body = _header(title, read, sections)
     body += "".join(f'<section><h2 id="{s.anchor}">{s.title}</h2>{s.body}</section>\n' for s in sections)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(self_contained(title, body + _missing(read)), encoding="utf-8")
+    out.write_text(markup.self_contained(title, body + _missing(read)), encoding="utf-8")
     return out
-
-
-def self_contained(title: str, body: str) -> str:
-    """A whole page: `title` is text, `body` HTML."""
-    here = resources.files("vtp.report")
-    return Template((here / "page.html").read_text(encoding="utf-8")).substitute(
-        title=escape(title), css=(here / "page.css").read_text(encoding="utf-8"), body=body
-    )
 
 
 # --- opening ---
@@ -176,7 +163,7 @@ def _header(title: str, runs: Sequence[Run], sections: Sequence[Section]) -> str
     html += f'<nav>{"".join(f"""<a href="#{s.anchor}">{s.title}</a>""" for s in sections)}</nav>'
     html += '<div class="columns">'
     for index, run in enumerate(runs):
-        html += f"<div>{_key(index, run)}<dl class='facts'>"
+        html += f"<div>{markup.key(index, run)}<dl class='facts'>"
         html += "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in _facts(run)) + "</dl></div>"
     return html + "</div></header>\n"
 
@@ -228,38 +215,19 @@ def _key_figures(runs: Sequence[Run]) -> str:
         short += f'<tr class="group"><th colspan="{len(runs) + 2}">{escape(task)}</th></tr>'
         for group in of_task:
             before = f"{group.subject}: " if group.subject else ""
-            short += "".join(figures_row(row, before) for row in group.main())
+            short += "".join(markup.figures_row(row, before) for row in group.main())
     full = ""
     for group in groups:
         note = group.protocol if group.same_protocol else f"{group.protocol} (protocols differ: no best is marked)"
         full += f'<tr class="group"><th colspan="{len(runs) + 2}">{escape(group.title)}'
-        full += f'<span class="note">{escape(note)}</span></th></tr>' + "".join(figures_row(row) for row in group.rows)
+        full += f'<span class="note">{escape(note)}</span></th></tr>' + "".join(
+            markup.figures_row(row) for row in group.rows
+        )
     legend = '<p class="note"><span class="best">best</span> of the runs, one seed each.</p>' if len(runs) > 1 else ""
     return (
-        f"{legend}{figures_table(names, short)}<details><summary>Every figure with its protocol</summary>"
-        f"{figures_table(names, full)}</details>"
+        f"{legend}{markup.figures_table(names, short)}<details><summary>Every figure with its protocol</summary>"
+        f"{markup.figures_table(names, full)}</details>"
     )
-
-
-def figures_table(names: Sequence[str], body: str) -> str:
-    """Rows of figures (HTML) under a column for each name."""
-    heads = "".join(f'<th class="value">{escape(name)}</th>' for name in names)
-    head = f"<thead><tr><th>figure</th>{heads}<th class='better'>better</th></tr></thead>"
-    return f'<div class="scroll"><table class="figures">{head}<tbody>{body}</tbody></table></div>'
-
-
-def figures_row(row: findings.Row, before: str = "") -> str:
-    """One figure of all columns, the best one marked."""
-    cells = "".join(
-        f'<td class="value">{"&ndash;" if text is None else _best(escape(text), i == row.best)}</td>'
-        for i, text in enumerate(row.shown)
-    )
-    better = {1: "higher", -1: "lower"}.get(row.better, "")
-    return f'<tr><th>{escape(before + row.label)}</th>{cells}<td class="better">{better}</td></tr>'
-
-
-def _best(text: str, best: bool) -> str:
-    return f'<span class="best">{text}</span>' if best else text
 
 
 def _curves(runs: Sequence[Run]) -> str:
@@ -275,7 +243,7 @@ def _curves(runs: Sequence[Run]) -> str:
     if not html:
         return ""
     text = "<p class='note'>Thin: as logged. Thick: moving mean over a twentieth of the run. </p>"
-    html = f'{_legend(runs)}{text}<div class="panels">{html}</div>'
+    html = f'{markup.legend(runs)}{text}<div class="panels">{html}</div>'
     if rest:
         inner = "".join(_panel(runs, name, MACHINERY.get(name, escape(name.replace("_", " ")))) for name in rest)
         html += (
@@ -349,9 +317,9 @@ def _teacher(runs: Sequence[Run]) -> str:
                 "high by construction; a collapse shows as single predictions rising to ln K.</p>"
             )
         html += (
-            f'<div>{_key(index, run)}<p><span class="state {mood}">{escape(head)}:</span> {escape(rest)}</p>{balanced}'
-            f'</div><figure class="panel"><figcaption>Entropy of predictions <span>nats</span></figcaption>{drawing}'
-            "</figure>"
+            f'<div>{markup.key(index, run)}<p><span class="state {mood}">{escape(head)}:</span> {escape(rest)}</p>'
+            f'{balanced}</div><figure class="panel"><figcaption>Entropy of predictions <span>nats</span></figcaption>'
+            f"{drawing}</figure>"
         )
     if not html:
         return ""
@@ -374,9 +342,9 @@ def _reconstructions(groups: Sequence[Group]) -> str:
         made = [(i, run, tokenizer.reconstructions(shown)) for i, run, tokenizer in drawing]
         html += _about(group, drawing) + f'<div class="cards" style="--tiles:{1 + len(made)}">'
         for n, sample in enumerate(shown):
-            tiles = _tile(made[0][2][0][n], "original")
-            tiles += "".join(_tile(rec[n], f"{run.name} {db[n]:.1f} dB") for _, run, (_, rec, db) in made)
-            html += _card(tiles, sample.captions)
+            tiles = markup.tile(made[0][2][0][n], "original")
+            tiles += "".join(markup.tile(rec[n], f"{run.name} {db[n]:.1f} dB") for _, run, (_, rec, db) in made)
+            html += markup.card(tiles, sample.captions)
         html += "</div>"
     return html and f"<p class='note'>PSNR of each picture under it.</p>{html}"
 
@@ -388,9 +356,9 @@ def _features(groups: Sequence[Group]) -> str:
         made = [(run, tokenizer.feature_colours(shown)) for _, run, tokenizer in group.runs]
         html += _about(group, group.runs) + f'<div class="cards" style="--tiles:{1 + len(made)}">'
         for n in range(len(shown)):
-            tiles = _tile(made[0][1][0][n], "image")
-            tiles += "".join(_tile(colours[n], run.name) for run, (_, colours) in made)
-            html += _card(tiles, ())
+            tiles = markup.tile(made[0][1][0][n], "image")
+            tiles += "".join(markup.tile(colours[n], run.name) for run, (_, colours) in made)
+            html += markup.card(tiles, ())
         html += "</div>"
     text = (
         "The first three principal components of the trunk's patch features over all images shown, as red, green and "
@@ -409,7 +377,7 @@ def _confusions(groups: Sequence[Group]) -> str:
             for index, run, tokenizer, features in seen:
                 confusion = tokenizer.confusion(group.held_out, features, label)
                 if confusion is not None:
-                    key = _key(index, run) if len(seen) > 1 else ""
+                    key = markup.key(index, run) if len(seen) > 1 else ""
                     cards += f'<div class="card"><h3>{escape(label)} {key}</h3>{_heat(confusion)}</div>'
         html += f'{_about(group, aligned)}<div class="cards loose">{cards}</div>' if cards else ""
     text = (
@@ -449,7 +417,7 @@ def _retrieval(groups: Sequence[Group]) -> str:
     html = ""
     for group in groups:
         aligned = [(i, run, t) for i, run, t in group.runs if t.aligned]
-        found = [(_key(i, run) if len(aligned) > 1 else "", t.retrieval(group.held_out)) for i, run, t in aligned]
+        found = [(markup.key(i, run) if len(aligned) > 1 else "", t.retrieval(group.held_out)) for i, run, t in aligned]
         cells = "".join(_found(retrieval, key) for key, retrieval in found if retrieval is not None)
         html += _about(group, aligned) + cells if cells else ""
     return html
@@ -468,11 +436,11 @@ def _found(found: Retrieval, key: str) -> str:
     )
     for query, hits in zip(found.queries, found.texts, strict=True):
         items = "".join(f'<li class="{_mark(hit)}">{escape(found.captions[hit.place][:200])}</li>' for hit in hits)
-        html += f'<div class="query">{_img(found.pool[query].image, "query", 128)}<ol>{items}</ol></div>'
+        html += f'<div class="query">{markup.img(found.pool[query].image, "query", 128)}<ol>{items}</ol></div>'
     html += "</div><div><h3>Caption to its five nearest images</h3>"
     for query, hits in zip(found.queries, found.images, strict=True):
         pairs = [(_mark(hit), found.pool[hit.place].image) for hit in hits]
-        images = "".join(f'<figure class="{mark}">{_img(image, mark, 128)}</figure>' for mark, image in pairs)
+        images = "".join(f'<figure class="{mark}">{markup.img(image, mark, 128)}</figure>' for mark, image in pairs)
         caption = escape(found.pool[query].captions[0][:200])
         html += f'<div class="query"><div><p>{caption}</p><div class="row">{images}</div></div></div>'
     return html + "</div></div>"
@@ -492,7 +460,7 @@ def _generation(runs: Sequence[Run], groups: Sequence[Group]) -> str:
         if not real_shown:
             sheets += _real_sheet(run, groups, list(drawn[0]))
             real_shown = True
-        sheets += f"<div>{_key(index, run)}{_sheet(drawn[0])}<p class='note'>{escape(drawn[1])}</p></div>"
+        sheets += f"<div>{markup.key(index, run)}{markup.sheet(drawn[0])}<p class='note'>{escape(drawn[1])}</p></div>"
     figures = _distance_table(runs)
     return figures + (f'<div class="columns">{sheets}</div>' if sheets else "")
 
@@ -537,15 +505,7 @@ def _real_sheet(run: Run, groups: Sequence[Group], names: Sequence[str]) -> str:
         name = classes[sample.labels[label]] if label in sample.labels else None
         if name in rows and len(rows[name]) < SHEET:
             rows[name].append(np.asarray(pictures.center_crop(Image.fromarray(sample.image), size)))
-    return f"<div><span class='key'>real, held out</span>{_sheet(rows)}</div>"
-
-
-def _sheet(rows: Mapping[str, Sequence[UInt8[ndarray, "h w 3"]]]) -> str:
-    body = "".join(
-        f"<tr><th>{escape(name)}</th>{''.join(f'<td>{_img(image, name, 128)}</td>' for image in images)}</tr>"
-        for name, images in rows.items()
-    )
-    return f'<table class="sheet"><tbody>{body}</tbody></table>'
+    return f"<div><span class='key'>real, held out</span>{markup.sheet(rows)}</div>"
 
 
 def _distance_table(runs: Sequence[Run]) -> str:
@@ -564,7 +524,9 @@ def _distance_table(runs: Sequence[Run]) -> str:
         added = [None if d is None else d.added for d in of_how]
         rows += _distances("difference: what generation adds", added, fair)
     for group in findings.key_figures(runs):
-        rows += "".join(figures_row(r, f"{group.subject}: ") for r in group.rows if r.metric == "class_agreement")
+        rows += "".join(
+            markup.figures_row(r, f"{group.subject}: ") for r in group.rows if r.metric == "class_agreement"
+        )
     networks = " and ".join(dict.fromkeys(f"{d.features} ({d.network})" for d in known))
     counts = list(dict.fromkeys(d.counts for d in known if None not in d.counts and d.counts[0] != d.counts[1]))
     uneven = "".join(
@@ -574,7 +536,7 @@ def _distance_table(runs: Sequence[Run]) -> str:
     )
     return (
         f"<p class='note'>Fr&eacute;chet distances to real images: <b>{escape(networks)}</b>.{uneven}"
-        f"</p>{figures_table([run.name for run in runs], rows)}"
+        f"</p>{markup.figures_table([run.name for run in runs], rows)}"
     )
 
 
@@ -582,7 +544,7 @@ def _distances(label: str, values: Sequence[float | None], fair: bool) -> str:
     known = [v for v in values if v is not None]
     best = values.index(min(known)) if fair and len(set(known)) > 1 else None
     shown = [None if v is None else show("fd", v) for v in values]
-    return figures_row(findings.Row("fd", label, shown, list(values), -1, best)) if known else ""
+    return markup.figures_row(findings.Row("fd", label, shown, list(values), -1, best)) if known else ""
 
 
 def _files(runs: Sequence[Run]) -> str:
@@ -596,7 +558,9 @@ def _files(runs: Sequence[Run]) -> str:
                 f'<details class="long"><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>'
                 for name, text in parts
             )
-            html += f"<div>{_key(index, run)}<p class='note'><code>{escape(str(run.path))}</code></p>{inner}</div>"
+            html += (
+                f"<div>{markup.key(index, run)}<p class='note'><code>{escape(str(run.path))}</code></p>{inner}</div>"
+            )
     return html and f'<div class="columns">{html}</div>'
 
 
@@ -605,45 +569,7 @@ def _missing(runs: Sequence[Run]) -> str:
     return f'<footer><h2 id="left-out">Left out</h2><ul>{items}</ul></footer>' if items else ""
 
 
-# --- small pieces ---
-
-
-def _key(index: int, run: Run) -> str:
-    """A run's name with its line's colour and dashes."""
-    colour, dashes = f"var(--run-{index % len(plots.RUNS)})", plots.CSS_DASHES[index % len(plots.CSS_DASHES)]
-    line = f'<line x1="0" y1="5" x2="34" y2="5" stroke="{colour}" stroke-width="3" stroke-dasharray="{dashes}"/>'
-    return f'<span class="key"><svg viewBox="0 0 34 10" aria-hidden="true">{line}</svg>{escape(run.name)}</span>'
-
-
-def _legend(runs: Sequence[Run]) -> str:
-    return "<p>" + "".join(_key(i, run) for i, run in enumerate(runs)) + "</p>" if len(runs) > 1 else ""
-
-
 def _about(group: Group, runs: Sequence[tuple[int, Run, Tokenizer]]) -> str:
     kind = "held-out images" if group.is_held_out else "training images (no held-out data is known: give data)"
     names = " and ".join(run.name for _, run, _ in runs)
     return f"<p class='note'>{escape(names)} on {kind} of <code>{escape(group.held_out.data)}</code>.</p>"
-
-
-def _card(tiles: str, captions: Sequence[str]) -> str:
-    caption = f"<figcaption>{escape(captions[0][:160])}</figcaption>" if captions else ""
-    return f'<figure class="card"><div class="row">{tiles}</div>{caption}</figure>'
-
-
-def _tile(image: UInt8[ndarray, "h w 3"], text: str) -> str:
-    return f'<div class="tile">{_img(image, text, 256)}<span>{escape(text)}</span></div>'
-
-
-def _img(pixels: UInt8[ndarray, "h w 3"], alt: str, limit: int) -> str:
-    """A picture inside the page, at most `limit` pixels wide; small ones are enlarged without blur."""
-    image = Image.fromarray(pixels)
-    image.thumbnail((limit, limit))
-    small = max(image.size) <= 64
-    file = io.BytesIO()
-    if max(image.size) <= LOSSLESS:
-        image.save(file, "PNG", optimize=True)
-    else:
-        image.save(file, "JPEG", quality=90)
-    kind = "png" if max(image.size) <= LOSSLESS else "jpeg"
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<img{" class=small" * small} alt="{escape(alt)}" src="data:image/{kind};base64,{data}">'

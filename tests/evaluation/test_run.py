@@ -171,3 +171,20 @@ def test_the_class_asked_for_must_be_known_to_the_judge(judge, tmp_path):
     (tmp_path / "samples.json").unlink()
     with pytest.raises(ConfigError, match="samples.json"):
         generation(tmp_path, "scenes:test", extractor=f"judge:{judge}", judge=judge, label="shape", cfg=SMALL)
+
+
+def test_what_was_left_out_is_in_the_protocol(tokenizer, tmp_path):
+    for i in range(6):
+        folder = tmp_path / "set" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (40 * i, 0, 0)).save(folder / f"{i}.png")
+    (tmp_path / "set" / "a" / "broken.png").write_bytes(b"not a picture")
+    result = reconstruction(tokenizer, str(tmp_path / "set"), cfg=SMALL)
+    assert result["protocol"]["images"] == 6
+    assert result["protocol"]["left_out"] == "1 not an image"
+    assert "left_out" not in reconstruction(tokenizer, "scenes:test", cfg=SMALL)["protocol"]
+
+
+def test_batches_hold_something():
+    with pytest.raises(ConfigError, match="batch_size must be at least 1, not 0"):
+        EvalConfig(batch_size=0)

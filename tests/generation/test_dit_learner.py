@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from vtp.config import ConfigError
 from vtp.engine.loop import LoopConfig, reseed
-from vtp.generation.config import DiTTrainConfig
+from vtp.generation.config import DiTSize, DiTTrainConfig
 from vtp.generation.latents import Latents
 from vtp.generation.learner import DiTLearner, LatentBatches
 from vtp.generation.run import train_dit
@@ -110,6 +110,12 @@ def test_mirrored_latents_must_be_there(tiny, tokenizer, tmp_path):
     with pytest.raises(ConfigError, match="flip=false"):
         train_dit(replace(tiny, data=str(plain)))
     train_dit(replace(tiny, latents=str(plain), flip=False, steps=1))
+
+
+def test_a_shape_that_cannot_be_built_is_one_clear_error(tiny):
+    with pytest.raises(ConfigError, match="model: .*hidden_size 16 must be a multiple of 4 x num_heads 5"):
+        train_dit(replace(tiny, model=DiTSize(hidden_size=16, depth=1, num_heads=5)))
+    assert not Path(tiny.out).exists()
 
 
 def test_recipes_are_the_published_sizes():

@@ -95,6 +95,10 @@ def test_mistakes_are_named(tokenizer, latents, tmp_path):
         encode_latents(tokenizer, "scenes", tmp_path / "out")
     with pytest.raises(ConfigError, match="no label 'shpae'"):
         encode_latents(tokenizer, "scenes", tmp_path / "out", label="shpae")
+    with pytest.raises(ConfigError, match="size=20 is not a multiple of the tokenizer's patch size 8"):
+        encode_latents(tokenizer, "scenes", tmp_path / "out", label="shape", size=20)
+    with pytest.raises(ConfigError, match="batch_size must be at least 1, not 0"):
+        encode_latents(tokenizer, "scenes", tmp_path / "out", label="shape", batch_size=0)
     with pytest.raises(ConfigError, match="vtp latents"):
         Latents(tmp_path)
     (tmp_path / "stats.json").write_text((latents / "stats.json").read_text())

@@ -82,6 +82,10 @@ def test_mistakes_are_named(run, tmp_path):
         sample(tmp_path, tmp_path / "out")
     with pytest.raises(ConfigError, match="no class 'strar'; there are 8: circle"):
         sample(run, tmp_path / "out", classes=["strar"])
+    for wrong in ({"num": 0}, {"steps": 0}, {"batch_size": 0}, {"shift": 0.0}):
+        (name,) = wrong
+        with pytest.raises(ConfigError, match=f"^{name} must be"):
+            sample(run, tmp_path / "out", **wrong)
     with pytest.raises(ConfigError, match="--tokenizer"):
         sample(run, tmp_path / "out", tokenizer=tmp_path)
     (tmp_path / "moved").mkdir()

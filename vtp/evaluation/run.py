@@ -51,6 +51,10 @@ class EvalConfig:
     seed: int = 0
     out: Path | None = None  # results JSON
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, not {self.batch_size}")
+
 
 class Opened:
     """A published tokenizer on a device, as callables from images to what is judged."""
@@ -147,11 +151,13 @@ def zero_shot(
     prompts, origin = _templates(source, label, templates)
     classifier = zero.text_classifier(opened.text(), _renamed(classes, names, source.classes[label]), prompts)
     seen = Seen()
+    source.report.clear()
     batches = labelled_batches(source, label, opened.size, cfg.batch_size, top, limit=cfg.limit)
     metrics = zero.zero_shot(opened.run(opened.model.get_clip_image_feature), classifier, seen.passing(batches))
     protocol = {"label": label, "classes": len(classes), "images": seen.count, "templates": f"{len(prompts)} {origin}"}
     if names is not None:
         protocol["names"] = names.name
+    protocol |= _left_out(source)
     return _written("zero-shot", metrics, {"data": data, **protocol, "resize": "squash"}, opened, seen.sha256, cfg)
 
 
@@ -222,6 +228,7 @@ def _probe(
     embed, seen_train, seen = opened.features(features), Seen(), Seen()
 
     def extracted(source: Source, by: Seen, limit: int | None) -> probes.Features:
+        source.report.clear()
         batches = labelled_batches(source, label, opened.size, cfg.batch_size, top, limit=limit)
         return probes.extract(embed, by.passing(batches))
 
@@ -241,6 +248,8 @@ def _probe(
         "images": seen.count,
         "resize": "squash",
         "train_data_sha256": seen_train.sha256,
+        **{f"train_{key}": value for key, value in _left_out(train).items()},
+        **_left_out(test),
     }
     return _written(task, metrics, protocol, opened, seen.sha256, cfg)
 
@@ -271,9 +280,10 @@ def reconstruction(
     def there_and_back(images: Tensor) -> Tensor:
         return model.get_latents_decoded_images(model.get_reconstruction_latents(images).float())
 
+    source.report.clear()
     batches = image_batches(source, opened.size, cfg.batch_size, center_crop, cfg.limit)
     metrics = reconstructed.reconstruction(opened.run(there_and_back), seen.passing(batches), network)
-    protocol = {"data": data, "images": seen.count, "resize": "centre crop"}
+    protocol = {"data": data, "images": seen.count, "resize": "centre crop"} | _left_out(source)
     return _written("reconstruction", metrics, protocol | _named(network), opened, seen.sha256, cfg)
 
 
@@ -319,7 +329,7 @@ def generation(
     agreement = {} if judge is None else _agreement(files, samples, judge, label, device, cfg.batch_size)
     metrics = generated.frechet(_pictures(files, cfg.batch_size), real(), network) | agreement
     protocol = {"samples": str(images), "num": len(files), "reference": reference, "reference_images": seen.count}
-    protocol |= _named(network) | {k: v for k, v in samples.items() if k != "num"}
+    protocol |= _left_out(source) | _named(network) | {k: v for k, v in samples.items() if k != "num"}
     if label is not None:
         protocol["label"] = label
     if judge is not None:
@@ -386,6 +396,12 @@ def _renamed(classes: Sequence[str], names: Path | None, known: Sequence[str]) -
             f'names={names}: there is no class {unknown[0]!r}; write {{"{classes[0]}": ["word", ...], ...}}'
         )
     return [words.get(name, name) for name in classes]
+
+
+def _left_out(source: Source) -> dict[str, str]:
+    """What of the data could not be used, for the protocol; nothing where all of it was."""
+    broken = [f"{count} {reason}" for reason, count in sorted(source.report.items()) if reason != "samples"]
+    return {"left_out": ", ".join(broken)} if broken else {}
 
 
 def _named(network: Extractor | None) -> dict[str, str]:

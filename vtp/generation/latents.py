@@ -153,7 +153,11 @@ def encode_latents(
 
     model: Any = VTPModel.from_pretrained(tokenizer)
     model = model.to(target).eval()
-    size = model.config.image_size if size is None else size
+    size, patch = model.config.image_size if size is None else size, model.config.vision_patch_size
+    if size < patch or size % patch:
+        raise ConfigError(f"size={size} is not a multiple of the tokenizer's patch size {patch}")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
     origin: dict[str, Any] = {
         "data": data,
         "label": label,

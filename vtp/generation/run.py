@@ -32,7 +32,10 @@ def train_dit(cfg: DiTTrainConfig) -> Path:
         raise ConfigError(f"{cfg.folder} holds no mirrored latents; set flip=false, or make them without --no-flip")
     channels, rows, _ = latents.stats.shape
     classes = len(latents.stats.classes)
-    shape = DiTConfig(input_size=rows, in_channels=channels, num_classes=classes, **asdict(cfg.model))
+    try:
+        shape = DiTConfig(input_size=rows, in_channels=channels, num_classes=classes, **asdict(cfg.model))
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from None
     out = open_run(cfg, cfg.resume, ignore=ORCHESTRATION)
     reseed(cfg.seed, 0, 0)  # every rank starts from the same weights
     learner = DiTLearner(cfg, LightningDiT(shape), latents, pick_device(cfg.device))

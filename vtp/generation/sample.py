@@ -66,8 +66,11 @@ def sample(
         raise ConfigError(f"{run} holds no finished model; train it to its end with `vtp train-dit`")
     stats = LatentStats.read(folder / STATS)
     chosen = _classes(stats.classes, classes)
-    if num < 1 or steps < 1:
-        raise ConfigError(f"num and steps must be at least 1, not {num} and {steps}")
+    for name, value in {"num": num, "steps": steps, "batch_size": batch_size}.items():
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, not {value}")
+    if shift <= 0:
+        raise ConfigError(f"shift must be above 0, not {shift}; 1 is a uniform grid")
     if out.is_dir() and any(out.iterdir()) and not (out / "samples.json").is_file():
         raise ConfigError(f"{out} is not empty and holds no samples.json; choose another --out")
     target = pick_device(device)

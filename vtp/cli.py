@@ -19,6 +19,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `vtp` and `python -m vtp`. A mistake of the user's is one line on stderr and exit code 2."""
     args = _parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers fork after the tokenizer was used
+    if args.run is not publish:  # an upload is worth a bar; opening a file of our own is not
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from vtp.config import ConfigError
     from vtp.engine.loop import NonFiniteError
 
@@ -73,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--judge", type=Path, metavar="FOLDER", help="also ask this classifier for the classes drawn")
     p.add_argument("--label", help="compare only with pictures that carry this label")
+    p.add_argument("--real", metavar="DATA", help="the same of as many other real pictures, and of them reconstructed")
+    p.add_argument("--tokenizer", type=Path, metavar="TOKENIZER", help="where the samples' is now, if it was moved")
     _evaluation(p)
 
     p = _command(
@@ -289,11 +293,10 @@ def zero_shot(args: argparse.Namespace) -> None:
 
 def probe(args: argparse.Namespace) -> None:
     """vtp eval linear, vtp eval knn"""
-    from vtp.evaluation import run
+    from vtp.evaluation.run import probe
 
-    ask = getattr(run, args.task)
     options = {"label": args.label, "features": args.features, "top": args.top}
-    _show(ask(args.tokenizer, args.train_data, args.data, **options, cfg=_shared(args)))
+    _show(probe(args.task, args.tokenizer, args.train_data, args.data, **options, cfg=_shared(args)))
 
 
 def reconstruction(args: argparse.Namespace) -> None:
@@ -308,6 +311,7 @@ def generation(args: argparse.Namespace) -> None:
     from vtp.evaluation.run import generation
 
     options = {"extractor": args.extractor, "judge": args.judge, "label": args.label}
+    options |= {"real": args.real, "tokenizer": args.tokenizer}
     _show(generation(args.images, args.reference, **options, cfg=_shared(args)))
 
 

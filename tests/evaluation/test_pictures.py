@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vtp.config import ConfigError
-from vtp.evaluation.generation import class_agreement, frechet
+from vtp.evaluation.generation import measure, reference_moments
 from vtp.evaluation.reconstruction import reconstruction
 from vtp.images import denormalise, normalise
 from vtp.metrics.extractors import Extractor
@@ -46,14 +46,18 @@ def test_pixels_out_of_range_count_as_what_is_shown():
 
 def test_generation_distance_and_agreement():
     pictures = torch.randint(256, (9, 3, 16, 16), dtype=torch.uint8)
-    assert frechet(pictures.split(4), pictures.split(2), POOLED)["gfd_pooled"] == pytest.approx(0, abs=1e-8)
     asked = torch.tensor([0, 1] * 4 + [0])
-    answer = {"class_agreement": pytest.approx(5 / 9)}
-    assert class_agreement(pictures.split(4), asked, lambda x: torch.zeros(len(x), dtype=torch.long)) == answer
+    reference = reference_moments(pictures.split(2), POOLED)
+    shown = list(zip(pictures.split(4), asked.split(4), strict=True))
+    got = measure(shown, reference, POOLED, lambda x: torch.zeros(len(x), dtype=torch.long))
+    assert got == {"gfd_pooled": pytest.approx(0, abs=1e-8), "class_agreement": pytest.approx(5 / 9)}
+    assert set(measure(shown, reference, POOLED, None)) == {"gfd_pooled"}
 
 
 def test_nothing_to_measure_is_said():
     with pytest.raises(ConfigError, match="no readable image"):
         reconstruction(fade, [])
     with pytest.raises(ConfigError, match="no pictures"):
-        frechet([], [], POOLED)
+        measure([], reference_moments([torch.zeros(2, 3, 16, 16)], POOLED), POOLED, None)
+    with pytest.raises(ConfigError, match="no pictures to compare"):
+        reference_moments([], POOLED)

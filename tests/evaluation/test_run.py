@@ -9,7 +9,7 @@ from PIL import Image
 from vtp.config import ConfigError
 from vtp.data.sources import open_source
 from vtp.evaluation.judge import save_judge, train_judge
-from vtp.evaluation.run import EvalConfig, generation, knn, linear, reconstruction, zero_shot
+from vtp.evaluation.run import EvalConfig, generation, probe, reconstruction, zero_shot
 from vtp.models.config import DecoderConfig, ModelConfig, TextConfig, ViTConfig
 from vtp.models.vtp_hf import VTPConfig, VTPModel
 
@@ -97,8 +97,10 @@ def test_top_keeps_the_commonest_classes_and_natural_images_get_clips_templates(
 
 @pytest.mark.parametrize("features, width", [("cls", 32), ("patches", 32), ("latent", 8)])
 def test_probes(tokenizer, features, width):
-    for probe in (linear, knn):
-        result = probe(tokenizer, "scenes", "scenes:test", label="colour", features=features, train_limit=60, cfg=SMALL)
+    for method in ("linear", "knn"):
+        result = probe(
+            method, tokenizer, "scenes", "scenes:test", label="colour", features=features, train_limit=60, cfg=SMALL
+        )
         assert result["protocol"]["features"].startswith(features)
         assert f"{width} numbers" in result["protocol"]["features"]
         assert result["protocol"]["train_images"] == 60 and result["protocol"]["images"] == 40
@@ -106,8 +108,8 @@ def test_probes(tokenizer, features, width):
 
 def test_probe_equals_in_bf16_but_for_rounding(tokenizer):
     kwargs = {"label": "colour", "train_limit": 60}
-    full = knn(tokenizer, "scenes", "scenes:test", **kwargs, cfg=SMALL)
-    half = knn(tokenizer, "scenes", "scenes:test", **kwargs, cfg=with_out(None, precision="bf16"))
+    full = probe("knn", tokenizer, "scenes", "scenes:test", **kwargs, cfg=SMALL)
+    half = probe("knn", tokenizer, "scenes", "scenes:test", **kwargs, cfg=with_out(None, precision="bf16"))
     assert half["protocol"]["precision"] == "bf16"
     assert half["metrics"]["top1"] == pytest.approx(full["metrics"]["top1"], abs=0.15)
 
@@ -118,7 +120,7 @@ def test_reconstruction(tokenizer, judge):
     assert result["protocol"]["extractor"].startswith("judge ") and result["protocol"]["images"] == 40
 
 
-def test_generation(judge, tmp_path):
+def test_generation(tokenizer, judge, tmp_path):
     source = open_source("scenes:test")
     for i, shard in enumerate(source.shards[:20]):
         Image.fromarray(next(source.read(shard, 16)).image).save(tmp_path / f"{i:06d}.png")
@@ -129,6 +131,14 @@ def test_generation(judge, tmp_path):
         tmp_path, "scenes:test", extractor=f"judge:{judge}", judge=judge, label="shape", cfg=with_out(None)
     )
     assert set(result["metrics"]) == {"gfd_judge", "class_agreement"}
+    among = {"images": tmp_path, "reference": "scenes:test", "extractor": f"judge:{judge}"}
+    floor = generation(**among, judge=judge, label="shape", real="scenes", tokenizer=tokenizer, cfg=with_out(None))
+    more = {f"{of}.{name}" for of in ("real", "reconstructed") for name in result["metrics"]}
+    assert set(floor["metrics"]) == set(result["metrics"]) | more
+    assert result["metrics"].items() <= floor["metrics"].items()
+    assert floor["metrics"]["real.gfd_judge"] < floor["metrics"]["reconstructed.gfd_judge"]  # it is untrained
+    with pytest.raises(ConfigError, match="both scenes:test"):
+        generation(**among, real="scenes:test", cfg=SMALL)
     assert result["protocol"]["cfg_scale"] == 2.0 and result["protocol"]["num"] == 20 and result["seed"] == 4
     Image.new("RGB", (8, 8)).save(tmp_path / "000020.png")
     with pytest.raises(ConfigError, match="several sizes.*16 x 16, 8 x 8"):
@@ -140,9 +150,9 @@ def test_bad_input_is_one_clear_error(tokenizer, judge, tmp_path):
         "no tokenizer in": lambda: zero_shot(tmp_path, "scenes:test", label="shape", cfg=SMALL),
         "size=20 is not a multiple": lambda: reconstruction(tokenizer, "scenes:test", cfg=with_out(None, size=20)),
         "no label 'breed'": lambda: zero_shot(tokenizer, "scenes:test", label="breed", cfg=SMALL),
-        "both scenes:test": lambda: linear(tokenizer, "scenes:test", "scenes:test", label="shape", cfg=SMALL),
-        "choose cls, patches, both, latent": lambda: knn(
-            tokenizer, "scenes", "scenes:test", label="shape", features="deep", train_limit=30, cfg=SMALL
+        "both scenes:test": lambda: probe("linear", tokenizer, "scenes:test", "scenes:test", label="shape", cfg=SMALL),
+        "choose cls, patches, both, latent": lambda: probe(
+            "knn", tokenizer, "scenes", "scenes:test", label="shape", features="deep", train_limit=30, cfg=SMALL
         ),
         "no data at": lambda: reconstruction(tokenizer, str(tmp_path / "gone.tar"), cfg=SMALL),
         "no pictures in": lambda: generation(tmp_path, "scenes:test", extractor=f"judge:{judge}", cfg=SMALL),

@@ -19,6 +19,7 @@ from vtp.config import ConfigError
 from vtp.engine.loop import NonFiniteError
 from vtp.engine.optim import OptimConfig
 from vtp.models.vtp_hf import VTPModel
+from vtp.pretrain.learner import PretrainLearner
 from vtp.pretrain.run import pretrain
 from vtp.schedules import WarmupCosine
 
@@ -82,6 +83,26 @@ def test_reads_a_folder_with_captions_and_reports_what_it_left_out(tiny, tmp_pat
     (data / "7.jpg").write_bytes(picture(7)[:100])
     pretrain(replace(tiny, data=str(data), steps=12))
     assert sum(json.loads((tmp_path / "run/data.json").read_text())["broken"].values()) >= 1
+
+
+def test_an_interrupted_run_reports_what_it_left_out_as_well(tiny, tmp_path, monkeypatch):
+    data = folder(tmp_path / "photos")
+    for i in range(10):
+        (data / f"{i}.jpg").write_bytes(b"broken")
+    step = PretrainLearner.step
+
+    def interrupted(learner, batch, number):
+        if number == 2:
+            raise KeyboardInterrupt
+        return step(learner, batch, number)
+
+    monkeypatch.setattr(PretrainLearner, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(replace(tiny, data=str(data)))
+    first = json.loads((tmp_path / "run/data.json").read_text())["broken"]["not an image"]
+    monkeypatch.setattr(PretrainLearner, "step", step)
+    pretrain(replace(tiny, data=str(data)))  # and what a resumed run leaves out is added
+    assert json.loads((tmp_path / "run/data.json").read_text())["broken"]["not an image"] > first > 0
 
 
 def test_reads_a_truncated_shard_to_its_break(tiny, tmp_path):

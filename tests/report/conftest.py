@@ -82,7 +82,14 @@ def tokenizers(tmp_path_factory) -> dict[bool, Path]:
 def make_run(tmp_path, tokenizers):
     """make_run("vtp", rfd=..., gfd=...) -> the run folder tmp_path/vtp, complete."""
 
-    def make(name: str, understands: bool = True, rfd: float = 2.0, gfd: float = 5.0, teacher: str = "healthy") -> Path:
+    def make(
+        name: str,
+        understands: bool = True,
+        rfd: float = 2.0,
+        gfd: float = 5.0,
+        unguided: float | None = None,
+        teacher: str = "healthy",
+    ) -> Path:
         run = tmp_path / name
         run.mkdir()
         (run / "tokenizer").symlink_to(tokenizers[understands])
@@ -105,10 +112,20 @@ def make_run(tmp_path, tokenizers):
         protocol = {"data": "scenes:test", "images": 5000, "extractor": "judge at 32 px"}
         fidelity = {"psnr": 24.2, "ssim": 0.9, "rfd_judge": rfd}
         write_result(evaluation, "reconstruction", "reconstruction", fidelity, protocol)
-        for name, scale, distance in (("generation", 2.0, gfd), ("generation_unguided", 1.0, gfd + 1)):
+        for name, scale, distance in (
+            ("generation", 2.0, gfd),
+            ("generation_unguided", 1.0, gfd + 1 if unguided is None else unguided),
+        ):
             protocol = {"reference": "scenes:test", "extractor": "judge at 32 px", "label": "shape", "cfg_scale": scale}
             protocol |= {"samples": str(run / "samples"), "num": 1024}
-            write_result(evaluation, name, "generation", {"gfd_judge": distance, "class_agreement": 0.7}, protocol)
+            metrics = {
+                "gfd_judge": distance,
+                "class_agreement": 0.7,
+                "real.gfd_judge": 0.5,
+                "real.class_agreement": 0.9,
+            }
+            metrics |= {"reconstructed.gfd_judge": rfd, "reconstructed.class_agreement": 0.8}
+            write_result(evaluation, name, "generation", metrics, protocol)
         (run / "dit").mkdir()
         dit = [{"step": s, "total": 2 / s, "mse": 1 / s, "images": 64 * s, "seconds": s} for s in range(1, 40)]
         (run / "dit" / "metrics.jsonl").write_text("\n".join(map(json.dumps, dit)))

@@ -34,42 +34,44 @@ def test_no_verdict_on_a_teacher_that_is_not_there(make_run):
 
 
 @pytest.mark.parametrize(
-    (
-        "ours",
-        "theirs",
-        "headline",
-    ),  # (reconstruction, generation) distances of the run that understands and of the other
+    # Distances of the run that understands and of the other: reconstructed, guided, unguided.
+    ("ours", "theirs", "headline"),
     [
-        ((2.0, 4.0), (1.0, 6.0), "Yes, in this run."),
-        ((2.0, 6.0), (1.0, 5.5), "Not by the samples; yes by what generation adds to reconstruction."),
-        ((2.0, 9.0), (1.0, 5.0), "No, not in this run."),
-        ((2.0, 5.1), (1.0, 5.0), "Too close to call in this run."),
+        ((2.0, 4.0, 5.0), (1.0, 6.0, 7.0), "Yes, in this run."),
+        ((2.0, 6.0, 7.0), (1.0, 5.5, 6.5), "Not by the samples; yes by what generation adds to reconstruction."),
+        ((2.0, 9.0, 10.0), (1.0, 5.0, 6.0), "No, not in this run."),
+        ((2.0, 5.1, 6.1), (1.0, 5.0, 6.0), "Too close to call in this run."),
+        ((2.0, 6.0, 5.0), (1.0, 5.0, 6.0), "Yes with no guidance; no with guidance 2."),
+        ((2.0, 6.1, 8.0), (1.0, 6.0, 6.0), "No with no guidance; too close to call with guidance 2."),
     ],
 )
 def test_the_answer_is_chosen_by_the_numbers(make_run, ours, theirs, headline):
-    paths = [make_run("vtp", rfd=ours[0], gfd=ours[1]), make_run("ae", False, rfd=theirs[0], gfd=theirs[1])]
+    paths = [make_run("vtp", True, *ours), make_run("ae", False, *theirs)]
     for order in (paths, paths[::-1]):
         (answer,) = question(read_runs(order))
         assert answer.headline == headline
     text = " ".join(answer.sentences)
-    assert f"with guidance 2: vtp {ours[1]:.2f}, ae {theirs[1]:.2f}" in text
-    assert f"With guidance 1 the samples are at vtp {ours[1] + 1:.2f}, ae {theirs[1] + 1:.2f}." in text
+    for distance in (1, 2):
+        assert f"(vtp {ours[distance]:.2f}, ae {theirs[distance]:.2f}" in text
+    assert "reconstructions are at 2.00 for vtp and 1.00 for ae, real pictures at 0.500" in text
+    assert f"(vtp {ours[2] - 2:.2f}, ae {theirs[2] - 1:.2f}, no guidance)" in text
     assert "Both tokenizers saw 153,600 images" in text
     assert "4 min 00 s for vtp and 2 min 00 s for ae (2.0 times as long)" in text
 
 
 def test_exchanging_the_numbers_exchanges_the_winner(make_run):
     runs = read_runs([make_run("vtp", gfd=4.0), make_run("ae", False, gfd=8.0)])
-    assert "Samples from vtp's latent space are closer" in question(runs)[0].sentences[0]
+    assert "No guidance: samples from vtp's latent space are closer" in question(runs)[0].sentences[0]
     runs[0].results, runs[1].results = runs[1].results, runs[0].results
-    assert "Samples from ae's latent space are closer" in question(runs)[0].sentences[0]
+    assert "Guidance 2: samples from ae's latent space are closer" in question(runs)[0].sentences[0]
 
 
 def test_unequal_budgets_and_features_are_said(make_run):
     runs = read_runs([make_run("vtp"), make_run("ae", False)])
     runs[1].metrics = runs[1].metrics[:30]
     assert "did not see equally many images" in " ".join(question(runs)[0].sentences)
-    runs[1].results["generation"]["protocol"]["extractor"] = "another network"
+    for name in ("generation", "generation_unguided"):
+        runs[1].results[name]["protocol"]["extractor"] = "another network"
     assert question(runs)[0].headline == "The files do not say."
 
 
@@ -78,7 +80,8 @@ def test_the_question_needs_both_kinds_of_run(make_run):
     assert question([vtp]) == question([ae]) == question([vtp, vtp]) == []
     del ae.results["generation"], ae.results["generation_unguided"]
     assert question([vtp, ae]) == []
-    del vtp.results["reconstruction"]
+    for result in vtp.results.values():
+        result["metrics"].pop("reconstructed.gfd_judge", None)
     assert [d.added for d in distances(vtp)] == [None, None]
 
 

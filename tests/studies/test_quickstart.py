@@ -64,7 +64,10 @@ def test_every_stage_leaves_its_files_and_the_page_shows_both(small, tmp_path):
         always |= {"generation", "generation_unguided"}
         assert asked == always | ({"zero-shot-shape", "zero-shot-colour"} if run.name == "vtp" else set())
         result = json.loads((run / "eval/generation.json").read_text())
-        assert {"gfd_judge", "class_agreement"} <= set(result["metrics"])
+        figures = {"gfd_judge", "class_agreement"}
+        assert figures | {f"{of}.{name}" for of in ("real", "reconstructed") for name in figures} == set(
+            result["metrics"]
+        )
         assert result["protocol"]["cfg_scale"] == ask.guidance
         assert (run / "samples/grid.png").is_file()
     page = write_report(runs, tmp_path / "report.html").read_text()

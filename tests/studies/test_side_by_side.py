@@ -54,6 +54,21 @@ def test_no_job_outlives_its_parent(tmp_path, sent):
     wait_for(lambda: not any(alive(pid) for pid in pids))
 
 
+@pytest.mark.parametrize("running", [False, True], ids=["while starting", "while running"])
+def test_ctrl_c_ends_all_without_a_traceback(tmp_path, running):
+    code = (
+        "import time; from pathlib import Path; from vtp.studies.side_by_side import *; "
+        f"side_by_side({{'a': (time.sleep, (300,))}}, Path({str(tmp_path)!r}), lambda name: Stage('asleep', 0, 1))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for((tmp_path / "a" / "log.txt").exists if running else (tmp_path / "a").exists)
+    time.sleep(0.2)
+    os.killpg(parent.pid, signal.SIGINT)  # as a terminal does
+    said = parent.communicate(timeout=60)[1]
+    assert parent.returncode == 130
+    assert "Traceback" not in said and "the same command goes on" in said
+
+
 def wait_for(condition, seconds=60):
     until = time.monotonic() + seconds
     while not condition():

@@ -173,10 +173,11 @@ def _mean(window: list[Mapping[str, Tensor | float]]) -> dict[str, float]:
 def _check_finite(values: dict[str, float], first: int, last: int, folder: Path) -> None:
     bad = [name for name, value in values.items() if not np.isfinite(value)]
     if bad:
+        named = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
         found = checkpoint.complete(folder)
         kept = f"the last good checkpoint is {found[-1]}" if found else "no checkpoint had been written yet"
         raise NonFiniteError(
-            f"{', '.join(bad)} not finite between steps {first} and {last}; {kept}. "
+            f"{named} not finite between steps {first} and {last}; {kept}. "
             "Lower optim.lr.peak, clip harder (optim.clip_grad), or set precision=fp32"
         )
 
@@ -190,7 +191,9 @@ class _Stop:
 
     def __enter__(self) -> _Stop:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # whoever started this run answers for it
+                    self._before[number] = signal.signal(number, self._catch)
         return self
 
     def _catch(self, number: int, frame: FrameType | None) -> None:

@@ -13,28 +13,40 @@ from vtp.evaluation.reconstruction import accumulate
 from vtp.metrics.extractors import Extractor
 from vtp.metrics.frechet import Moments, frechet_distance
 
-Pictures = Iterable[Tensor]  # batches of bytes [b 3 h w], of any sizes b
+Shown = Iterable[tuple[Tensor, Tensor]]  # batches of (bytes [b 3 h w], the class each should show [b]), of any sizes b
 
 
 @torch.no_grad()
-def frechet(samples: Pictures, reference: Pictures, extractor: Extractor) -> dict[str, float]:
-    """The Frechet distance of two sets of pictures, called g + the extractor's figure: gfid only in Inception's."""
-    return {f"g{extractor.figure}": frechet_distance(_moments(samples, extractor), _moments(reference, extractor))}
+def measure(
+    pictures: Shown, reference: Moments, extractor: Extractor, answer: Callable[[Tensor], Int[Tensor, " b"]] | None
+) -> dict[str, float]:
+    """The Frechet distance of pictures to a reference, and the share in which a classifier sees the class asked for.
 
+    Args:
+        reference: moments of the extractor's features of real pictures.
+        extractor: the distance is called g + its figure: gfid only in Inception's features.
+        answer: pictures -> their classes; None leaves class_agreement out.
 
-def _moments(batches: Pictures, extractor: Extractor) -> Moments:
+    Raises:
+        ConfigError: no pictures.
+    """
     found: Moments | None = None
-    for pictures in batches:
-        found = accumulate(found, extractor, pictures)
+    right = 0
+    for shown, asked in pictures:
+        found = accumulate(found, extractor, shown)
+        right += 0 if answer is None else int((answer(shown) == asked).sum())
     if found is None:
         raise ConfigError("there are no pictures to measure")
-    return found
+    metrics = {f"g{extractor.figure}": frechet_distance(found, reference)}
+    return metrics if answer is None else metrics | {"class_agreement": right / found.count}
 
 
 @torch.no_grad()
-def class_agreement(
-    samples: Pictures, asked: Int[Tensor, " n"], answer: Callable[[Tensor], Int[Tensor, " b"]]
-) -> dict[str, float]:
-    """The share of pictures in which a classifier sees the class that was asked for, in their order."""
-    seen = torch.cat([answer(pictures) for pictures in samples])
-    return {"class_agreement": (seen == asked).float().mean().item()}
+def reference_moments(pictures: Iterable[Tensor], extractor: Extractor) -> Moments:
+    """Moments of the features of real pictures, bytes [b 3 h w] in batches."""
+    found: Moments | None = None
+    for shown in pictures:
+        found = accumulate(found, extractor, shown)
+    if found is None:
+        raise ConfigError("there are no pictures to compare with")
+    return found

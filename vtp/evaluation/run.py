@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -34,6 +34,10 @@ FEATURES = {
     "patches": "mean of the patch tokens after the final norm",
     "both": "class token and mean of the patch tokens after the final norm, as DINO probes them",
     "latent": "mean of the latent map (bottleneck)",
+}
+METHODS = {
+    "linear": "logistic regression, L2 chosen on a tenth of the training images, L-BFGS",
+    "knn": "20 nearest by cosine, weighted, temperature 0.07",
 }
 SCENES_TRAIN = 10_000  # the embedded training set has no end in practice; a probe on it sees this many images
 
@@ -105,6 +109,12 @@ class Opened:
 
         return self.run(pooled)
 
+    def there_and_back(self) -> Callable[[Tensor], Tensor]:
+        """Images -> the same after encoding and decoding."""
+        self.needs("train_reconstruction", "reconstruction")
+        model = self.model
+        return self.run(lambda x: model.get_latents_decoded_images(model.get_reconstruction_latents(x).float()))
+
     def text(self) -> Callable[[list[str]], Float[Tensor, "n d"]]:
         """Sentences -> embeddings, cut to the longest of them."""
         from vtp.tokenizers import get_tokenizer
@@ -161,7 +171,8 @@ def zero_shot(
     return _written("zero-shot", metrics, {"data": data, **protocol, "resize": "squash"}, opened, seen.sha256, cfg)
 
 
-def linear(
+def probe(
+    method: Literal["linear", "knn"],
     tokenizer: Path,
     train_data: str,
     data: str,
@@ -172,57 +183,25 @@ def linear(
     train_limit: int | None = None,
     cfg: EvalConfig = EvalConfig(),  # noqa: B008  frozen
 ) -> dict[str, Any]:
-    """Linear probe on frozen features: fitted on `train_data`, asked on `data`; see `probes.linear_probe`.
+    """Classify by frozen features: fitted on `train_data`, asked on `data`; see `probes.linear_probe` and `probes.knn`.
 
     Args:
         features: "cls", "patches", "both" or "latent", see `FEATURES`.
         train_limit: training images at most; None is all, of the embedded set 10,000.
 
     Returns:
-        The results object; metrics top1, top5, mean_top1, chance, held_out_accuracy, penalty.
+        The results object; metrics top1, top5, mean_top1, chance, and of a linear probe held_out_accuracy, penalty.
 
     Raises:
         ConfigError: the same data for both, or classes that differ between them.
     """
-    method = "logistic regression, L2 chosen on a tenth of the training images, L-BFGS"
-    return _probe("linear", tokenizer, train_data, data, label, features, top, train_limit, cfg, method)
-
-
-def knn(
-    tokenizer: Path,
-    train_data: str,
-    data: str,
-    *,
-    label: str = "class",
-    features: str = "cls",
-    top: int | None = None,
-    train_limit: int | None = None,
-    cfg: EvalConfig = EvalConfig(),  # noqa: B008  frozen
-) -> dict[str, Any]:
-    """Weighted nearest neighbours on frozen features; arguments and results as `linear`, see `probes.knn`."""
-    method = "20 nearest by cosine, weighted, temperature 0.07"
-    return _probe("knn", tokenizer, train_data, data, label, features, top, train_limit, cfg, method)
-
-
-def _probe(
-    task: str,
-    tokenizer: Path,
-    train_data: str,
-    data: str,
-    label: str,
-    features: str,
-    top: int | None,
-    train_limit: int | None,
-    cfg: EvalConfig,
-    method: str,
-) -> dict[str, Any]:
     if train_data == data:
-        raise ConfigError(f"{task}: training and test data are both {data}; a probe must be asked what it has not seen")
+        raise ConfigError(f"{method}: training and test data are both {data}; ask a probe what it has not seen")
     opened = Opened(tokenizer, cfg)
     train, test = (open_source(d, cfg.annotations) for d in (train_data, data))
     names = class_names(train, label, top)
     if names != class_names(test, label, top):
-        raise ConfigError(f"{task}: '{label}' has other classes in {train_data} than in {data}; annotate both alike")
+        raise ConfigError(f"{method}: '{label}' has other classes in {train_data} than in {data}; annotate both alike")
     if train_limit is None and train.name == "scenes":
         train_limit = SCENES_TRAIN
     embed, seen_train, seen = opened.features(features), Seen(), Seen()
@@ -233,7 +212,7 @@ def _probe(
         return probes.extract(embed, by.passing(batches))
 
     known, asked = extracted(train, seen_train, train_limit), extracted(test, seen, cfg.limit)
-    if task == "linear":
+    if method == "linear":
         metrics = probes.linear_probe(known, asked, len(names), cfg.seed)
     else:
         metrics = probes.knn(known, asked, len(names))
@@ -242,7 +221,7 @@ def _probe(
         "data": data,
         "label": label,
         "features": f"{features}: {FEATURES[features]}, {known.x.shape[1]} numbers",
-        "method": method,
+        "method": METHODS[method],
         "classes": len(names),
         "train_images": seen_train.count,
         "images": seen.count,
@@ -251,7 +230,7 @@ def _probe(
         **{f"train_{key}": value for key, value in _left_out(train).items()},
         **_left_out(test),
     }
-    return _written(task, metrics, protocol, opened, seen.sha256, cfg)
+    return _written(method, metrics, protocol, opened, seen.sha256, cfg)
 
 
 def reconstruction(
@@ -273,16 +252,11 @@ def reconstruction(
         ConfigError: a tokenizer without a decoder, or an extractor that cannot be had.
     """
     opened, source = Opened(tokenizer, cfg), open_source(data, cfg.annotations)
-    opened.needs("train_reconstruction", "reconstruction")
     network = None if extractor is None else open_extractor(extractor, opened.device)
-    model, seen = opened.model, Seen()
-
-    def there_and_back(images: Tensor) -> Tensor:
-        return model.get_latents_decoded_images(model.get_reconstruction_latents(images).float())
-
+    seen = Seen()
     source.report.clear()
     batches = image_batches(source, opened.size, cfg.batch_size, center_crop, cfg.limit)
-    metrics = reconstructed.reconstruction(opened.run(there_and_back), seen.passing(batches), network)
+    metrics = reconstructed.reconstruction(opened.there_and_back(), seen.passing(batches), network)
     protocol = {"data": data, "images": seen.count, "resize": "centre crop"} | _left_out(source)
     return _written("reconstruction", metrics, protocol | _named(network), opened, seen.sha256, cfg)
 
@@ -294,46 +268,69 @@ def generation(
     extractor: str,
     judge: Path | None = None,
     label: str | None = None,
+    real: str | None = None,
+    tokenizer: Path | None = None,
     cfg: EvalConfig = EvalConfig(),  # noqa: B008  frozen
 ) -> dict[str, Any]:
     """Measure a folder of pictures against the pictures of `reference`, centre-cropped to their size.
+
+    A Frechet distance depends on how many pictures it is taken of, and samples cannot be better than the decoder that
+    draws them. So with `real` the same is measured of other real pictures, as many as there are samples ("real."), and
+    of these encoded and decoded ("reconstructed."): what is left between those and the samples, generation adds.
 
     Args:
         images: a folder of pictures of one size; with a samples.json, as `vtp sample` writes it, its protocol is kept.
         extractor: as in `reconstruction`; the metric is g + its figure (gfid, gfd_judge, ...).
         judge: a judge's folder: also measure class_agreement, for samples that asked for classes of `label`.
         label: compare with those pictures of the reference only that carry this label.
+        real: other data than the reference.
+        tokenizer: where the samples' tokenizer is now, if not where samples.json says.
 
     Raises:
-        ConfigError: no pictures, several sizes, or classes that the judge does not know.
+        ConfigError: no pictures, several sizes, classes that the judge does not know, or fewer real pictures.
     """
     files = sorted(f for f in images.glob("*.png") if f.name != "grid.png")
     if not files:
         raise ConfigError(f"no pictures in {images}: it should hold 000000.png, ... as `vtp sample` writes them")
+    if real == reference:
+        raise ConfigError(f"real and reference are both {real}; a floor is measured on other pictures")
     device = pick_device(cfg.device)
     network = open_extractor(extractor, device)
     samples = json.loads(path.read_text()) if (path := images / "samples.json").is_file() else {}
-    source, seen = open_source(reference, cfg.annotations), Seen()
     with Image.open(files[0]) as first:
         size = first.height
+    known: tuple[str, ...] = ()
+    answer, asked = None, torch.zeros(len(files), dtype=torch.long)
+    if judge is not None:
+        known, answer = _referee(judge, label, device)
+        asked = _asked(samples, known, len(files))
+    source, seen = open_source(reference, cfg.annotations), Seen()
+    shown = (to_uint8(x) for x, _ in seen.passing(_labelled(source, label, size, cfg.batch_size, cfg.limit)))
+    target = generated.reference_moments(shown, network)
 
-    def real() -> Iterator[UInt8[Tensor, "b 3 h w"]]:
-        batches: Iterable[tuple[Tensor, Any]]
-        if label is None:
-            batches = image_batches(source, size, cfg.batch_size, center_crop, cfg.limit)
-        else:
-            batches = labelled_batches(source, label, size, cfg.batch_size, None, center_crop, cfg.limit)
-        for pictures, _ in seen.passing(batches):
-            yield to_uint8(pictures)
-
-    agreement = {} if judge is None else _agreement(files, samples, judge, label, device, cfg.batch_size)
-    metrics = generated.frechet(_pictures(files, cfg.batch_size), real(), network) | agreement
+    metrics = generated.measure(_pictures(files, asked, cfg.batch_size), target, network, answer)
     protocol = {"samples": str(images), "num": len(files), "reference": reference, "reference_images": seen.count}
     protocol |= _left_out(source) | _named(network) | {k: v for k, v in samples.items() if k != "num"}
     if label is not None:
         protocol["label"] = label
     if judge is not None:
         protocol["judge_sha256"] = file_sha256(judge / "model.safetensors")
+    if real is not None:
+        others = open_source(real, cfg.annotations)
+        if judge is not None and class_names(others, str(label)) != known:
+            raise ConfigError(f"'{label}' has other classes in {real} than the judge knows: {', '.join(known)}")
+        views: dict[str, Callable[[Tensor], Tensor]] = {"real": lambda images: images}
+        if tokenizer is not None or "tokenizer" in samples:
+            opened = Opened(tokenizer or Path(samples["tokenizer"]), replace(cfg, size=size))
+            views["reconstructed"] = opened.there_and_back()
+        for name, view in views.items():
+            passed = Seen()
+            batches = passed.passing(_labelled(others, label, size, cfg.batch_size, len(files)))
+            floor = generated.measure(((to_uint8(view(x)), y) for x, y in batches), target, network, answer)
+            if passed.count < len(files):
+                raise ConfigError(f"{real} has {passed.count} such pictures, fewer than {len(files)} samples")
+            metrics |= {f"{name}.{metric}": value for metric, value in floor.items()}
+        protocol["real"] = real
     weights = Path(samples["dit"]) / "model.safetensors" if "dit" in samples else None
     return write_result(
         cfg.out,
@@ -408,13 +405,26 @@ def _named(network: Extractor | None) -> dict[str, str]:
     return {} if network is None else {"extractor": network.protocol}
 
 
-def _pictures(files: Sequence[Path], batch_size: int) -> Iterator[UInt8[Tensor, "b 3 h w"]]:
+def _labelled(
+    source: Source, label: str | None, size: int, batch_size: int, limit: int | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images, classes) of those that carry the label; of all, with class 0, where there is no label."""
+    if label is not None:
+        yield from labelled_batches(source, label, size, batch_size, None, center_crop, limit)
+        return
+    for images, _ in image_batches(source, size, batch_size, center_crop, limit):
+        yield images, torch.zeros(len(images), dtype=torch.long)
+
+
+def _pictures(
+    files: Sequence[Path], asked: Int[Tensor, " n"], batch_size: int
+) -> Iterator[tuple[UInt8[Tensor, "b 3 h w"], Int[Tensor, " b"]]]:
     for first in range(0, len(files), batch_size):
         arrays = [_pixels(file) for file in files[first : first + batch_size]]
         sizes = {f"{a.shape[1]} x {a.shape[0]}" for a in arrays}
         if len(sizes) > 1:
             raise ConfigError(f"pictures of several sizes in {files[first].parent}: {', '.join(sorted(sizes))}")
-        yield torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+        yield torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2), asked[first : first + batch_size]
 
 
 def _pixels(file: Path) -> UInt8[np.ndarray, "h w 3"]:
@@ -422,25 +432,25 @@ def _pixels(file: Path) -> UInt8[np.ndarray, "h w 3"]:
         return np.asarray(image.convert("RGB"))
 
 
-def _agreement(
-    files: Sequence[Path],
-    samples: dict[str, Any],
-    judge: Path,
-    label: str | None,
-    device: torch.device,
-    batch_size: int,
-) -> dict[str, float]:
-    """Class agreement of samples: picture i was asked to show class i modulo the classes in samples.json."""
-    if label is None or "classes" not in samples:
-        raise ConfigError("class agreement needs a label and samples of classes (a samples.json with classes)")
+def _referee(
+    judge: Path, label: str | None, device: torch.device
+) -> tuple[tuple[str, ...], Callable[[Tensor], Int[Tensor, " b"]]]:
+    """The classes that a judge knows of a label, and what it says of pictures."""
     referee = load_judge(judge, device)
-    names, known = list(samples["classes"]), referee.classes.get(label, ())
+    if label is None or label not in referee.classes:
+        raise ConfigError(f"class agreement needs a label that the judge knows: {', '.join(referee.classes)}")
+    return tuple(referee.classes[label]), lambda x: answers(referee, x)[label]
+
+
+def _asked(samples: dict[str, Any], known: Sequence[str], n: int) -> Int[Tensor, " n"]:
+    """The class each sample was asked to show: picture i shows class i modulo the classes in samples.json."""
+    if "classes" not in samples:
+        raise ConfigError("class agreement needs samples of classes (a samples.json with classes)")
+    names = list(samples["classes"])
     unknown = [name for name in names if name not in known]
     if unknown:
-        there = ", ".join(known) or "none"
-        raise ConfigError(f"the judge knows no class '{unknown[0]}' of '{label}'; it knows {there}")
-    asked = torch.tensor([known.index(names[i % len(names)]) for i in range(len(files))])
-    return generated.class_agreement(_pictures(files, batch_size), asked, lambda x: answers(referee, x)[label])
+        raise ConfigError(f"the judge knows no class '{unknown[0]}'; it knows {', '.join(known)}")
+    return torch.tensor([known.index(names[i % len(names)]) for i in range(n)])
 
 
 def _written(

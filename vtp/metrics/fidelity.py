@@ -22,7 +22,6 @@ def ssim(pred: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"]) -> Fl
 
     As the published protocol has it (torchmetrics): mirrored at the edges, mean over pixels and channels.
 
-
     Args:
         pred, target: pixels in 0..1, at least 11 x 11.
 

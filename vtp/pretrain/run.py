@@ -30,10 +30,6 @@ def pretrain(cfg: PretrainConfig) -> Path:
     """
     device = pick_device(cfg.device)
     source = open_source(cfg.data, cfg.annotations)
-    if cfg.model.image_size != cfg.views.size:
-        raise ConfigError(
-            f"model.image_size={cfg.model.image_size} is not views.size={cfg.views.size}; make them equal"
-        )
     tokenizer = get_tokenizer(context_length=cfg.model.text.context_length) if cfg.weights.clip > 0 else None
     loader = Loader(
         source,
@@ -45,6 +41,10 @@ def pretrain(cfg: PretrainConfig) -> Path:
         workers=cfg.workers,
         pin_memory=device.type == "cuda",
     )
+    if cfg.model.image_size != cfg.views.size:
+        raise ConfigError(
+            f"model.image_size={cfg.model.image_size} is not views.size={cfg.views.size}; make them equal"
+        )
     out = open_run(cfg, cfg.resume, ignore=ORCHESTRATION)
     reseed(cfg.seed, 0, 0)  # every rank starts from the same weights
     learner = PretrainLearner(cfg, device)

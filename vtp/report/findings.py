@@ -50,7 +50,9 @@ KINDS = (
     Kind(r"chance(_.+)?", "chance", 0, "%"),
 )
 FRECHET = re.compile(r"[rg]?(fid|fd(_.+)?)")
-SECONDARY = re.compile(r"top_?5|mean_top_?1|chance|held_out_accuracy|penalty")  # not in the short table
+SECONDARY = re.compile(
+    r"top_?5|mean_top_?1|chance|held_out_accuracy|penalty|(real|reconstructed)\..+"
+)  # not in the short table
 # What was measured, or where it lay, is not how: these may differ between runs that are compared.
 WHEREABOUTS = ("tokenizer", "model", "images", "samples", "dit", "latents", "out", "tokenizer_sha256", "dit_sha256")
 
@@ -246,14 +248,15 @@ class Answer(NamedTuple):
 
 
 class Distances(NamedTuple):
-    """Frechet distances of one run to real images, under one feature network."""
+    """Frechet distances of one run to real images, all of equally many pictures, in the features of one network."""
 
-    features: str  # the figure's name, without r or g
+    features: str  # the figure's name, without g
     network: str  # the features as the protocol describes them
     how: str  # the samples were drawn: guidance, or the results file
-    reconstruction: float | None
+    count: Any  # pictures measured, of each kind
     generation: float
-    counts: tuple[Any, Any]  # pictures measured: reconstructions, samples
+    reconstruction: float | None  # of other real pictures, encoded and decoded
+    real: float | None  # of those pictures as they are: the least that can be measured of so many
 
     @property
     def added(self) -> float | None:
@@ -277,9 +280,10 @@ def understands(run: Run) -> bool | None:
 
 
 def distances(run: Run) -> list[Distances]:
-    """Distances of samples and of reconstructions in the same features, one for every way samples were drawn."""
-    reconstruction = next(iter(find_results(run, "reconstruction").values()), None)
-    rec = {} if reconstruction is None else {_figure(n): v for n, v in numbers(reconstruction["metrics"])}
+    """Distances of samples, reconstructions and real images; for every way samples were drawn, the least guided first.
+
+    The paper compares tokenizers without guidance, which hides much of what a latent space is like.
+    """
     found = []
     for stem, result in find_results(run, "generation").items():
         metrics = dict(numbers(result["metrics"]))
@@ -287,20 +291,13 @@ def distances(run: Run) -> list[Distances]:
         if name is None:
             continue
         protocol = result["protocol"] if isinstance(result.get("protocol"), Mapping) else {}
-        of_rec = {} if reconstruction is None else reconstruction.get("protocol", {})
-        scale = protocol.get("cfg_scale")
-        how = f"guidance {scale:g}" if isinstance(scale, int | float) else stem
-        network = str(protocol.get("extractor", _figure(name)))
-        same = of_rec.get("extractor") == protocol.get("extractor")
-        counts = (of_rec.get("images"), protocol.get("num"))
-        found.append(
-            Distances(_figure(name), network, how, rec.get(_figure(name)) if same else None, metrics[name], counts)
-        )
-    return found
-
-
-def _figure(metric: str) -> str:
-    return re.sub(r"^[rg](?=fi?d)", "", metric)
+        scale, features = protocol.get("cfg_scale"), re.sub(r"^g(?=fi?d)", "", name)
+        scale = float(scale) if isinstance(scale, int | float) else math.inf
+        how = stem if scale == math.inf else "no guidance" if scale == 1 else f"guidance {scale:g}"
+        among = (metrics[name], metrics.get(f"reconstructed.{name}"), metrics.get(f"real.{name}"))
+        network = str(protocol.get("extractor", features))
+        found.append((scale, Distances(features, network, how, protocol.get("num"), *among)))
+    return [d for _, d in sorted(found, key=lambda pair: pair[0])]
 
 
 def question(runs: Sequence[Run]) -> list[Answer]:
@@ -311,29 +308,34 @@ def question(runs: Sequence[Run]) -> list[Answer]:
 
 
 def _answer(run: Run, baseline: Run) -> Answer:
-    (ours, *other_ours), (theirs, *other_theirs) = distances(run), distances(baseline)
     a, b = run.name, baseline.name
-    if (ours.network, ours.how) != (theirs.network, theirs.how):
-        why = f"{a} was measured in {ours.network} with {ours.how}, {b} in {theirs.network} with {theirs.how}"
-        return Answer("The files do not say.", [f"{why}; those distances cannot be compared."])
-    closer, added = _relative(ours.generation, theirs.generation), None
-    sentences = [_samples_sentence(a, b, ours, theirs, closer)]
-    if ours.added is not None and theirs.added is not None:
-        added = _relative(ours.added, theirs.added)
-        sentences.append(_added_sentence(a, b, ours, theirs, added))
-    for ours, theirs in zip(other_ours, other_theirs, strict=False):
-        if (ours.network, ours.how) == (theirs.network, theirs.how):
-            figures = f"{a} {ours.text('generation')}, {b} {theirs.text('generation')}"
-            sentences.append(f"With {ours.how} the samples are at {figures}.")
-    if abs(closer) < TIE:
-        headline = "Too close to call in this run."
-    elif closer < 0:
-        headline = "Yes, in this run."
-    elif added is not None and added <= -TIE:
-        headline = "Not by the samples; yes by what generation adds to reconstruction."
+    theirs = {(d.network, d.how): d for d in distances(baseline)}
+    pairs = [(d, theirs[key]) for d in distances(run) if (key := (d.network, d.how)) in theirs]
+    if not pairs:
+        ways = "; ".join(f"{r.name}: {d.network}, {d.how}" for r in (run, baseline) for d in distances(r))
+        return Answer("The files do not say.", [f"These distances cannot be compared ({ways})."])
+    verdicts = {ours.how: _verdict(_relative(ours.generation, other.generation)) for ours, other in pairs}
+    sentences = [_samples_sentence(a, b, ours, other) for ours, other in pairs]
+    smaller = set()
+    for ours, other in pairs[:1]:
+        if ours.added is not None and other.added is not None:
+            smaller.add(_verdict(_relative(ours.added, other.added)))
+            sentences.append(_added_sentence(a, b, ours, other))
+    if len(set(verdicts.values())) > 1:
+        said = [f"{verdict} with {how}" for how, verdict in verdicts.items()]
+        headline = f"{said[0][0].upper()}{said[0][1:]}; {'; '.join(said[1:])}."
     else:
-        headline = "No, not in this run."
+        headline = {"yes": "Yes, in this run.", "no": "No, not in this run."}.get(
+            next(iter(verdicts.values())), "Too close to call in this run."
+        )
+        if headline.startswith("No") and smaller == {"yes"}:
+            headline = "Not by the samples; yes by what generation adds to reconstruction."
     return Answer(headline, [" ".join(sentences), " ".join(_budget_sentences(run, baseline))])
+
+
+def _verdict(closer: float) -> str:
+    """Yes where the run that understands is closer to real images by more than a tie."""
+    return "too close to call" if abs(closer) < TIE else "yes" if closer < 0 else "no"
 
 
 def _relative(x: float, y: float) -> float:
@@ -341,21 +343,29 @@ def _relative(x: float, y: float) -> float:
     return (x - y) / max(abs(x), abs(y), 1e-12)
 
 
-def _samples_sentence(a: str, b: str, ours: Distances, theirs: Distances, closer: float) -> str:
-    figures = f"with {ours.how}: {a} {ours.text('generation')}, {b} {theirs.text('generation')}"
+def _samples_sentence(a: str, b: str, ours: Distances, theirs: Distances) -> str:
+    closer = _relative(ours.generation, theirs.generation)
+    figures = f"{a} {ours.text('generation')}, {b} {theirs.text('generation')}"
+    how = f"{ours.how[0].upper()}{ours.how[1:]}: "
     if abs(closer) < TIE:
-        return f"Samples from both latent spaces lie equally far from real images, within {TIE:.0%} ({figures})."
+        return f"{how}samples from both latent spaces lie equally far from real images, within {TIE:.0%} ({figures})."
     winner = a if closer < 0 else b
-    return f"Samples from {winner}'s latent space are closer to real images ({figures}; {abs(closer):.0%} lower)."
+    return f"{how}samples from {winner}'s latent space are closer to real images ({figures}; {abs(closer):.0%} lower)."
 
 
-def _added_sentence(a: str, b: str, ours: Distances, theirs: Distances, added: float) -> str:
-    reached = f"{ours.text('reconstruction')} for {a} and {theirs.text('reconstruction')} for {b}"
-    rec = f"Reconstructions alone are at {reached}"
-    figures = f"{a} {ours.text('added')}, {b} {theirs.text('added')}"
+def _added_sentence(a: str, b: str, ours: Distances, theirs: Distances) -> str:
+    added = _relative(ours.added or 0.0, theirs.added or 0.0)
+    count = f"{ours.count:,} " if isinstance(ours.count, int) else "as many "
+    rec = (
+        f"Measured of {count}pictures like the samples, reconstructions are at {ours.text('reconstruction')} for {a} "
+        f"and {theirs.text('reconstruction')} for {b}"
+    )
+    if ours.real is not None:
+        rec += f", real pictures at {ours.text('real')}"
+    figures = f"{a} {ours.text('added')}, {b} {theirs.text('added')}, {ours.how}"
     if abs(added) < TIE:
-        return f"{rec}; what generation adds on top is the same for both, within {TIE:.0%} ({figures})."
-    return f"{rec}; what generation adds on top is smaller for {a if added < 0 else b} ({figures})."
+        return f"{rec}; what generation adds to reconstruction is the same for both, within {TIE:.0%} ({figures})."
+    return f"{rec}; what generation adds to reconstruction is smaller for {a if added < 0 else b} ({figures})."
 
 
 def _budget_sentences(run: Run, baseline: Run) -> list[str]:

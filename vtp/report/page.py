@@ -509,34 +509,35 @@ def _real_sheet(run: Run, groups: Sequence[Group], names: Sequence[str]) -> str:
 
 
 def _distance_table(runs: Sequence[Run]) -> str:
-    """Reconstructions, then for every way of drawing samples: samples, difference, class agreement."""
+    """Real and reconstructed pictures, then for every way of drawing samples: samples, difference, class agreement."""
     tables = [{d.how: d for d in findings.distances(run)} for run in runs]
     hows = list(dict.fromkeys(how for table in tables for how in table))
     if not hows:
         return ""
     known = [d for table in tables for d in table.values()]
-    fair = len({d.network for d in known}) == 1
+    fair = len({(d.network, d.count) for d in known}) == 1
     first = [next(iter(table.values()), None) for table in tables]
-    rows = _distances("reconstructions", [None if d is None else d.reconstruction for d in first], fair)
+    rows = _distances("other real images", [None if d is None else d.real for d in first], fair)
+    rows += _distances("the same, reconstructed", [None if d is None else d.reconstruction for d in first], fair)
     for how in hows:
         of_how = [table.get(how) for table in tables]
         rows += _distances(f"samples, {how}", [None if d is None else d.generation for d in of_how], fair)
         added = [None if d is None else d.added for d in of_how]
         rows += _distances("difference: what generation adds", added, fair)
+    agreement = {}  # of real pictures and reconstructions it is the same, however samples were drawn
     for group in findings.key_figures(runs):
-        rows += "".join(
-            markup.figures_row(r, f"{group.subject}: ") for r in group.rows if r.metric == "class_agreement"
-        )
+        for row in group.rows:
+            if row.metric == "class_agreement":
+                agreement[group.subject] = markup.figures_row(row, f"{group.subject}: ")
+            elif row.metric.endswith(".class_agreement"):
+                agreement[row.metric] = markup.figures_row(row)
+    rows += "".join(agreement.values())
     networks = " and ".join(dict.fromkeys(f"{d.features} ({d.network})" for d in known))
-    counts = list(dict.fromkeys(d.counts for d in known if None not in d.counts and d.counts[0] != d.counts[1]))
-    uneven = "".join(
-        f" {n_rec:,} reconstructions and {n_gen:,} samples were measured; a smaller set reads higher, so part of the "
-        "difference is the same for any tokenizer."
-        for n_rec, n_gen in counts[:1]
-    )
+    counts = " or ".join(dict.fromkeys(f"{d.count:,}" for d in known if isinstance(d.count, int)))
+    each = f", each of {counts} pictures: a smaller set reads higher" if counts else ""
     return (
-        f"<p class='note'>Fr&eacute;chet distances to real images: <b>{escape(networks)}</b>.{uneven}"
-        f"</p>{markup.figures_table([run.name for run in runs], rows)}"
+        f"<p class='note'>Fr&eacute;chet distances to real images: <b>{escape(networks)}</b>{each}.</p>"
+        f"{markup.figures_table([run.name for run in runs], rows)}"
     )
 
 

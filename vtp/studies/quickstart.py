@@ -40,7 +40,7 @@ class Comparison:
     probe_images: int = 6_000  # that a probe is fitted on
     test_images: int | None = None  # held out, for each question; None is all 5,000
     latents: int = 12_288  # that the diffusion transformer learns from
-    samples: int = 256
+    samples: int = 512
     sampling_steps: int = 30
     guidance: float = 4.0
 
@@ -96,6 +96,7 @@ def run_tokenizer(cfg: PretrainConfig, ask: Comparison, judge: Path) -> None:
             extractor=f"judge:{judge}",
             judge=judge,
             label=DRAWN,
+            real=TRAIN,
             cfg=EvalConfig(out=run / "eval" / f"{samples.replace('samples', 'generation')}.json"),
         )
 
@@ -110,10 +111,10 @@ def _question(run: Path, tokenizer: Path, judge: Path, ask: Comparison, clip: bo
         evaluate.zero_shot(tokenizer, TEST, label=label, cfg=asked(f"zero-shot-{label}"))
     for label in LINEAR:
         asking = asked(f"linear-{label}")
-        evaluate.linear(tokenizer, TRAIN, TEST, label=label, train_limit=ask.probe_images, cfg=asking)
+        evaluate.probe("linear", tokenizer, TRAIN, TEST, label=label, train_limit=ask.probe_images, cfg=asking)
     fitted: dict[str, Any] = {"label": DRAWN, "train_limit": ask.probe_images}
-    evaluate.linear(tokenizer, TRAIN, TEST, features="latent", **fitted, cfg=asked(f"linear-latent-{DRAWN}"))
-    evaluate.knn(tokenizer, TRAIN, TEST, **fitted, cfg=asked(f"knn-{DRAWN}"))
+    evaluate.probe("linear", tokenizer, TRAIN, TEST, features="latent", **fitted, cfg=asked(f"linear-latent-{DRAWN}"))
+    evaluate.probe("knn", tokenizer, TRAIN, TEST, **fitted, cfg=asked(f"knn-{DRAWN}"))
     evaluate.reconstruction(tokenizer, TEST, extractor=f"judge:{judge}", cfg=asked("reconstruction"))
 
 

@@ -61,17 +61,19 @@ def side_by_side(jobs: Mapping[str, tuple[Callable[..., None], tuple[Any, ...]]]
         try:
             for name, (function, arguments) in jobs.items():
                 (out / name).mkdir(parents=True, exist_ok=True)
-                processes[name] = context.Process(
-                    target=_in_process, args=(out / name / LOG, threads, function, arguments), name=name
-                )
-                processes[name].start()
+                arguments = (out / name / LOG, threads, function, arguments)
+                processes[name] = context.Process(target=_in_process, args=arguments, name=name)
+                with _deaf_to_interrupts():
+                    processes[name].start()
             _show(processes, watch)
             for name, process in processes.items():
                 if process.exitcode:
                     log = out / name / LOG
                     killed = f"killed by signal {-process.exitcode}; " if process.exitcode < 0 else ""
                     raise ConfigError(f"{name} stopped: {killed}{_last_line(log)} (all of it: {log})")
-        except KeyboardInterrupt:  # Ctrl-C reaches the jobs as well: they finish their step and save
+        except KeyboardInterrupt:  # the jobs finish their step and save
+            for process in processes.values():
+                process.terminate()
             for process in processes.values():
                 process.join(PATIENCE)
             console.print("interrupted; the same command goes on from the last checkpoints")
@@ -167,3 +169,13 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """What is started here inherits that Ctrl-C means nothing to it: the terminal sends it to all, but one must act."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -8,6 +8,8 @@ from PIL import Image
 
 from vtp.models.config import DecoderConfig, ModelConfig, TextConfig, ViTConfig
 from vtp.models.vtp_hf import VTPConfig, VTPModel
+from vtp.recipes import dit_recipe, pretrain_recipe
+from vtp.studies.quickstart import Comparison
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 
@@ -30,3 +32,11 @@ def test_ten_lines(tmp_path, monkeypatch, capsys):
     with Image.open("reconstruction.png") as reconstruction:
         assert reconstruction.size == (16, 16)
     assert re.match(r"tensor\(\[\[-?\d\.\d+, +-?\d\.\d+\]\]\)", capsys.readouterr().out)
+
+
+def test_the_runs_that_the_figures_are_of_are_the_recipes():
+    for name, title in (("quickstart", "embedded `scenes`"), ("cpu", "shop photographs")):
+        cfg = pretrain_recipe(name)
+        (row,) = [line for line in README.splitlines() if line.startswith("|") and title in line]
+        assert f"{cfg.views.size} px, {cfg.steps:,} steps, {cfg.steps * cfg.active_batch.pairs:,} images each" in row
+    assert f"guidance {Comparison(dit=dit_recipe('dit_quickstart')).guidance:g}" in README

@@ -8,7 +8,7 @@ from PIL import Image
 
 from vtp.config import ConfigError
 from vtp.data.scenes import CLASSES
-from vtp.data.sources import CLASS_TEMPLATES, Source, counts, open_source
+from vtp.data.sources import CLASS_TEMPLATES, Source, counts, left_out, open_source
 
 
 def picture(i, suffix="JPEG"):
@@ -185,7 +185,38 @@ def test_broken_text_is_survived(tmp_path):
     source = open_source(str(write_tar(tmp_path / "a.tar", members)))
     raws = everything(source)
     assert raws[0].captions == ("caf\ufffd",) and raws[1].captions == ()
-    assert source.report["broken json"] == 1
+    assert source.report["broken json"] == source.report["caption not UTF-8"] == 1
+    assert left_out(source.report) == {"broken json": 1}  # the caption is kept, as far as it can be read
+
+
+def test_a_page_of_text_is_cut(tmp_path):
+    words = b"word " * 20_000  # 100 kB
+    source = open_source(str(write_tar(tmp_path / "a.tar", [("a.jpg", picture(0)), ("a.txt", words)])))
+    (raw,) = everything(source)
+    assert raw.captions[0] == words.decode()[:2_000] and source.report == {"samples": 1, "caption cut": 1}
+    assert not left_out(source.report)
+
+
+def test_names_that_lead_out_of_their_place_are_left_out(tmp_path):
+    members = [("../../a.jpg", picture(0)), ("../../a.txt", b"out"), ("x/b..c/d.jpg", picture(1))]
+    source = open_source(str(write_tar(tmp_path / "t" / "a.tar", members)))
+    assert [raw.key for raw in everything(source)] == ["x/b..c/d"]
+    assert source.report == {"samples": 1, "unsafe name": 2}
+    (tmp_path / "out.jpg").write_bytes(picture(0))
+    folder = tmp_path / "f"
+    folder.mkdir()
+    (folder / "in.jpg").write_bytes(picture(1))
+    (folder / "metadata.jsonl").write_text('{"file_name": "../out.jpg"}\n{"file_name": "in.jpg"}')
+    source = open_source(str(folder))
+    assert [raw.key for raw in everything(source)] == ["in.jpg"]
+    assert source.report == {"samples": 2, "unsafe name": 1}
+
+
+def test_a_key_that_comes_again_is_counted(tmp_path):
+    members = [("a.jpg", picture(0)), ("b.jpg", picture(1)), ("a.jpg", picture(2)), ("a.txt", b"late")]
+    source = open_source(str(write_tar(tmp_path / "a.tar", members)))
+    assert [(r.key, r.image) for r in everything(source)] == [("a", picture(0)), ("b", picture(1))]
+    assert source.report == {"samples": 2, "duplicate key": 1}
 
 
 def test_the_embedded_set():

@@ -11,10 +11,8 @@ Files that hold classes may lie beside a classes.json that names them: a list of
 
 from __future__ import annotations
 
-import glob
 import json
 import os
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +24,7 @@ import numpy as np
 from numpy import ndarray
 
 from vtp.config import ConfigError
-from vtp.data import scenes
+from vtp.data import scenes, shards
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTION_COLUMNS = ("text", "caption", "captions")
@@ -35,8 +33,10 @@ KEY_COLUMNS = ("key", "file_name")
 CLASS_TEMPLATES = ("a photo of a {}", "a picture of a {}", "a photo of the {}", "a close-up of a {}", "a {}")
 # Columns of annotations are named in captions in many ways; the bare name is the one they share.
 COLUMN_TEMPLATES = ("{}",)
+MAX_CAPTION = 2_000  # characters; far more than any text tower reads, and a page of text costs a worker its time
+# What a report counts without anything being left out.
+HARMLESS = frozenset({"samples", "caption cut", "caption not UTF-8"})
 _SUFFIXES = frozenset(IMAGE_SUFFIXES)
-_REMOTE = re.compile(r"^(pipe|https?|s3|gs|hf|ais|ftps|sftp|scp|file):")
 
 
 class Raw(NamedTuple):
@@ -59,6 +59,7 @@ class Source(Protocol):
         classes: for each label its class names; a label is an index into them.
         templates: for each label prompt templates with one {}.
         report: how many samples were seen ("samples") and skipped, by reason.
+        parts: the sources that are mixed and their shares, which sum to 1; itself alone where nothing is mixed.
     """
 
     name: str
@@ -67,6 +68,9 @@ class Source(Protocol):
     classes: dict[str, tuple[str, ...]]
     templates: dict[str, tuple[str, ...]]
     report: Counter[str]
+
+    @property
+    def parts(self) -> Sequence[tuple[Source, float]]: ...
 
     def read(self, shard: Any, size: int | None = None) -> Iterator[Raw]:
         """Samples of a shard. `size` is the side in pixels at which a source that draws its pictures should do so."""
@@ -90,10 +94,15 @@ def open_source(data: str, annotations: str | None = None) -> Source:
         return SceneSource(data)
     table = None if annotations is None else Table.load(Path(annotations), KEY_COLUMNS)
     path = Path(data).expanduser()
-    if not _REMOTE.match(data) and path.is_dir():
+    if not shards.REMOTE.match(data) and path.is_dir():
         tars = sorted(str(p) for p in path.glob("*.tar"))
         return TarSource(data, tars, table) if tars else FolderSource(data, table)
-    return TarSource(data, _expand(data), table)
+    return TarSource(data, shards.expand(data), table)
+
+
+def left_out(report: Mapping[str, int]) -> Counter[str]:
+    """The part of a report that counts what could not be used."""
+    return Counter({reason: n for reason, n in report.items() if reason not in HARMLESS})
 
 
 def captioned(source: Source) -> bool:
@@ -170,11 +179,19 @@ def _captions(row: Mapping[str, Any]) -> tuple[str, ...]:
     return ()
 
 
-# --- the three sources ---
+# --- the sources ---
+
+
+class _Alone:
+    """A source that mixes nothing."""
+
+    @property
+    def parts(self) -> tuple[tuple[Any, float], ...]:
+        return ((self, 1.0),)
 
 
 @dataclass
-class SceneSource:
+class SceneSource(_Alone):
     """The embedded set; a shard is an index."""
 
     name: str
@@ -195,7 +212,7 @@ class SceneSource:
 
 
 @dataclass
-class FolderSource:
+class FolderSource(_Alone):
     """Files in folders; a shard is the number of one file in the sorted list."""
 
     name: str
@@ -225,17 +242,20 @@ class FolderSource:
     def read(self, shard: int, size: int | None = None) -> Iterator[Raw]:
         key = self.files[shard]
         self.report["samples"] += 1
+        if shards.unsafe(key):
+            self.report["unsafe name"] += 1
+            return
         try:
             image = (Path(self.name).expanduser() / key).read_bytes()
         except OSError:
             self.report["unreadable file"] += 1
             return
         folder = key.split("/", 1)[0] if "/" in key else None
-        yield _sample(key, image, (), {}, folder, self._folders, self.table)
+        yield _sample(key, image, (), {}, folder, self._folders, self.table, self.report)
 
 
 @dataclass
-class TarSource:
+class TarSource(_Alone):
     """Tar shards, opened and read by webdataset."""
 
     name: str
@@ -245,12 +265,14 @@ class TarSource:
     report: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        first = next((m for shard in self.shards for m in _members(shard, Counter()) if m.keys() & _SUFFIXES), None)
+        first = next(
+            (m for shard in self.shards for m in shards.members(shard, Counter()) if m.keys() & _SUFFIXES), None
+        )
         if first is None:
             raise ConfigError(
                 f"no pictures in {self.name}: its shards should hold KEY.jpg|png|webp with KEY.txt|json|cls"
             )
-        beside = None if _REMOTE.match(self.shards[0]) else Path(self.shards[0]).parent / "classes.json"
+        beside = None if shards.REMOTE.match(self.shards[0]) else Path(self.shards[0]).parent / "classes.json"
         folders: Iterable[str] = ()
         if self.table is None and not {"txt", "json", "cls"} & first.keys() and "/" in first["__key__"]:
             folders = _scan(self.shards, beside, lambda name, _: name.split("/")[-2] if "/" in name else None)
@@ -264,7 +286,7 @@ class TarSource:
         self.templates = _templates(self.classes)
 
     def read(self, shard: str, size: int | None = None) -> Iterator[Raw]:
-        for member in _members(shard, self.report):
+        for member in shards.members(shard, self.report):
             self.report["samples"] += 1
             image = next((member[s] for s in IMAGE_SUFFIXES if s in member), None)
             if image is None:
@@ -272,7 +294,7 @@ class TarSource:
                 continue
             captions: tuple[str, ...] = ()
             if "txt" in member:
-                captions = _captions({"text": member["txt"].decode("utf-8", errors="replace")})
+                captions = _captions({"text": _text(member["txt"], self.report)})
             elif "json" in member:
                 captions = _json_captions(member["json"], self.report)
             labels = {}
@@ -280,7 +302,7 @@ class TarSource:
                 labels["class"] = int(member["cls"])
             key = member["__key__"]
             folder = key.split("/")[-2] if "/" in key else None
-            yield _sample(key, image, captions, labels, folder, self._folders, self.table)
+            yield _sample(key, image, captions, labels, folder, self._folders, self.table, self.report)
 
 
 @dataclass(frozen=True)
@@ -318,6 +340,7 @@ def _sample(
     folder: str | None,
     folders: Folders,
     table: Table | None,
+    report: Counter[str],
 ) -> Raw:
     """Put together what the sample itself, its folder and the annotations say. A class becomes captions if need be."""
     if folder is not None and folder in folders.index:
@@ -327,7 +350,18 @@ def _sample(
         captions, labels = table.captions[row] or captions, labels | table.labels[row]
     if not captions and "class" in labels and folders.classes:
         captions = tuple(t.format(folders.classes["class"][labels["class"]]) for t in CLASS_TEMPLATES)
+    if any(len(caption) > MAX_CAPTION for caption in captions):
+        report["caption cut"] += 1
+        captions = tuple(caption[:MAX_CAPTION] for caption in captions)
     return Raw(key, image, captions, labels)
+
+
+def _text(data: bytes, report: Counter[str]) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        report["caption not UTF-8"] += 1
+        return data.decode("utf-8", errors="replace")
 
 
 def _images(root: Path) -> Iterator[str]:
@@ -339,79 +373,14 @@ def _images(root: Path) -> Iterator[str]:
                 yield (Path(folder) / name).relative_to(root).as_posix()
 
 
-def _expand(data: str) -> list[str]:
-    """Tar shards that a string of braces, globs and schemes stands for, in order.
-
-    Raises:
-        ConfigError: a local shard that is not there.
-    """
-    from webdataset.shardlists import expand_urls
-
-    shards: list[str] = []
-    for url in expand_urls(data):
-        if _REMOTE.match(url):
-            shards.append(url)
-            continue
-        local = os.path.expanduser(url)
-        found = sorted(glob.glob(local)) if glob.has_magic(local) and not os.path.exists(local) else [local]
-        if not found or not os.path.isfile(found[0]):
-            raise ConfigError(
-                f"no data at {data}"
-                + (f" ({local} is missing)" if local != data else "")
-                + "; give a folder, tar shards such as 'path/{000..099}.tar', or scenes"
-            )
-        shards += found
-    if not _REMOTE.match(shards[0]) and not any(tarfile.is_tarfile(s) for s in shards if os.path.getsize(s)):
-        raise ConfigError(f"{shards[0]} is not a tar shard; data is a folder, tar shards, or scenes")
-    return shards
-
-
-def _members(shard: str, report: Counter[str]) -> Iterator[dict[str, Any]]:
-    """Samples of a tar as webdataset groups them: {"__key__", suffix: bytes}. A broken shard ends early, counted."""
-    from webdataset.gopen import gopen
-    from webdataset.tariterators import group_by_keys, tar_file_iterator
-
-    try:
-        with gopen(shard) as stream:
-            tail = _Tail(stream)
-            files = ({**file, "__url__": shard} for file in tar_file_iterator(tail))
-            yield from group_by_keys(files, handler=_skip_duplicates(report))
-        if tail.last.strip(b"\0"):
-            raise tarfile.ReadError("no end mark")
-    except (tarfile.TarError, OSError, EOFError):
-        report["broken shard"] += 1
-
-
-class _Tail:
-    """A stream that remembers its last block: tarfile takes a shard cut within a header for a whole one."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream, self.last = stream, b""
-
-    def read(self, n: int = -1) -> bytes:
-        data = self._stream.read(n)
-        self.last = data[-512:] or self.last
-        return data
-
-
-def _skip_duplicates(report: Counter[str]) -> Any:
-    def handler(error: Exception) -> bool:
-        if not isinstance(error, ValueError):  # anything but a file name that is there twice
-            raise error
-        report["duplicate file"] += 1
-        return True
-
-    return handler
-
-
-def _scan(shards: Sequence[str], names: Path | None, found: Any) -> Iterator[str]:
+def _scan(paths: Sequence[str], names: Path | None, found: Any) -> Iterator[str]:
     """What `found(member name, text reader)` says of each member of local shards; nothing where classes are listed.
 
     Only the headers are read, but for members whose text is asked for.
     """
-    if (names is not None and names.is_file()) or _REMOTE.match(shards[0]):
+    if (names is not None and names.is_file()) or shards.REMOTE.match(paths[0]):
         return
-    for shard in shards:
+    for shard in paths:
         try:
             with tarfile.open(shard) as tar:
                 for info in tar:

@@ -116,10 +116,69 @@ def test_the_smaller_batches_are_a_random_choice_of_the_pairs():
     assert min(chosen.values()) > 25 and len(chosen) == 8
 
 
+def mixture_of(shards, tmp_path):
+    (tmp_path / "more").mkdir()
+    for i in range(8):
+        (tmp_path / "more" / f"{i}.jpg").write_bytes(picture(i))
+    rows = [json.dumps({"file_name": f"{i}.jpg", "text": f"more {i}"}) for i in range(8)]
+    (tmp_path / "more" / "metadata.jsonl").write_text("\n".join(rows))
+    return open_source(f"{shards.name}@2::{tmp_path}/more@1::scenes@1")
+
+
+def parquet_of(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    datasets.disable_progress_bars()
+    (tmp_path / "set").mkdir()
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    for s in range(3):
+        columns = {
+            "image": [{"bytes": picture(i), "path": None} for i in range(9)],
+            "text": [f"{i} {s}" for i in range(9)],
+        }
+        rows = datasets.Dataset.from_dict(columns, features=features)
+        rows.to_parquet(str(tmp_path / "set" / f"train-{s}.parquet"))
+    return open_source(f"hf:{tmp_path}/set")
+
+
+def test_a_mixture_keeps_its_shares_and_every_part_its_epochs(shards, tmp_path):
+    source = mixture_of(shards, tmp_path)
+    stream = loader(source, BatchConfig(clip=0, ssl=0, rec=8), shuffle=5)
+    for _ in range(20):
+        batch = next(stream)
+        assert [round(p.drawn / batch.cursor.batches / 2) for p in batch.cursor.places] == [2, 1, 1]
+    tars, more, scenes = batch.cursor.places
+    assert (tars.epoch, more.epoch, scenes.epoch) == (1, 4, 0)  # of 70, 8 and a million
+
+
+def test_objectives_may_have_sources_of_their_own(tmp_path):
+    (tmp_path / "bare").mkdir()
+    for i in range(6):
+        Image.new("RGB", (16, 16), (250, 0, 0)).save(tmp_path / "bare" / f"{i}.png")
+    bare = open_source(str(tmp_path / "bare"))
+    options = {"others": {"ssl": bare}, "workers": 2}
+    whole = list(itertools.islice(loader(open_source("scenes"), **options), 9))
+    batch = whole[0]
+    assert (batch.ssl.global_crops[:, :, 0] > 240).all() and (batch.ssl.global_crops[:, :, 1] < 5).all()
+    assert batch.clip.images.float().std() > 5 and batch.rec.rows is not None
+    assert [place.drawn for place in batch.cursor.places] == [6, 3] and batch.report == {"samples": 9}
+    first = loader(open_source("scenes"), **options)
+    for _ in range(4):
+        next(first)
+    second = loader(open_source("scenes"), **options)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for batch in whole[4:]:
+        assert_same(next(second), batch)
+    first.close(), second.close()
+    own = next(loader(open_source("scenes"), others={"rec": bare}))
+    assert own.rec.rows is None and (own.rec.images[:, 0] > 240).all()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("data", ["scenes", "shards"])
-def test_a_resumed_stream_is_bit_identical_to_an_uninterrupted_one(request, workers, data):
-    source = open_source("scenes") if data == "scenes" else request.getfixturevalue("shards")
+@pytest.mark.parametrize("data", ["scenes", "shards", "mixture", "parquet"])
+def test_a_resumed_stream_is_bit_identical_to_an_uninterrupted_one(shards, tmp_path, workers, data):
+    makers = {"scenes": lambda: open_source("scenes"), "shards": lambda: shards}
+    makers |= {"mixture": lambda: mixture_of(shards, tmp_path), "parquet": lambda: parquet_of(tmp_path)}
+    source = makers[data]()
     whole = list(itertools.islice(loader(source, workers=workers, shuffle=9), 25))
     for stop in (1, 7, 12):
         first = loader(source, workers=workers, shuffle=9)

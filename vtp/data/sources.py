@@ -4,7 +4,10 @@
     path/ + metadata.jsonl   {"file_name": ..., "text": caption or captions, other columns: labels}
     path/{00..99}.tar        webdataset shards: KEY.jpg|png|webp + KEY.txt|json|cls, or CLASS/FILE.jpg; also globs,
                              a folder of tars, and pipe:, https:, ... as webdataset opens them
+    hf:NAME, hf:PATH:SPLIT   Hugging Face `datasets`: a name on the hub (streamed), what save_to_disk wrote, or a folder
+                             of parquet files; the split is `train` unless given
     scenes, scenes:test      the embedded set and its held-out part
+    A@3::B@1                 a mixture of any of these: three samples of A for one of B; without @ a weight is 1
 
 Files that hold classes may lie beside a classes.json that names them: a list of {"wnid": folder, "names": [...]}.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,6 +41,7 @@ MAX_CAPTION = 2_000  # characters; far more than any text tower reads, and a pag
 # What a report counts without anything being left out.
 HARMLESS = frozenset({"samples", "caption cut", "caption not UTF-8"})
 _SUFFIXES = frozenset(IMAGE_SUFFIXES)
+_WEIGHT = re.compile(r"\d+(\.\d+)?")
 
 
 class Raw(NamedTuple):
@@ -88,11 +93,15 @@ def open_source(data: str, annotations: str | None = None) -> Source:
     Raises:
         ConfigError: nothing there, no pictures in it, or an annotation file that cannot be read.
     """
+    if "::" in data:
+        return Mixture(data, annotations)
     if data == "scenes" or data.startswith("scenes:"):
         if annotations is not None:
             raise ConfigError("scenes brings its own captions and labels; leave annotations out")
         return SceneSource(data)
     table = None if annotations is None else Table.load(Path(annotations), KEY_COLUMNS)
+    if data.startswith("hf:") and not data.startswith("hf://"):
+        return HubSource(data, table)
     path = Path(data).expanduser()
     if not shards.REMOTE.match(data) and path.is_dir():
         tars = sorted(str(p) for p in path.glob("*.tar"))
@@ -303,6 +312,136 @@ class TarSource(_Alone):
             key = member["__key__"]
             folder = key.split("/")[-2] if "/" in key else None
             yield _sample(key, image, captions, labels, folder, self._folders, self.table, self.report)
+
+
+@dataclass
+class HubSource(_Alone):
+    """A Hugging Face data set. A shard is a row of what save_to_disk wrote, else one of the set's files, streamed."""
+
+    name: str
+    table: Table | None = None
+    random_access: bool = False
+    report: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        try:
+            import datasets
+        except ImportError:
+            raise ConfigError(f"data={self.name} needs the datasets library; pip install 'vtp[datasets]'") from None
+        path, _, split = self.name.removeprefix("hf:").partition(":")
+        folder, split = Path(path).expanduser(), split or "train"
+        try:
+            if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+                found = datasets.load_from_disk(str(folder))
+                rows = found[split] if isinstance(found, datasets.DatasetDict) else found
+            else:
+                rows = datasets.load_dataset(str(folder) if folder.exists() else path, split=split, streaming=True)
+        except Exception as error:  # of the hub, of its files, of a split that is not there
+            raise ConfigError(f"data={self.name} cannot be opened: {error}") from None
+        features = rows.features or {}
+        pictures = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
+        if not pictures:
+            raise ConfigError(f"{self.name} has no column of pictures, only {', '.join(features) or 'unknown ones'}")
+        self._image = pictures[0]
+        self._rows: Any = rows.cast_column(self._image, datasets.Image(decode=False))
+        self.random_access = isinstance(rows, datasets.Dataset)
+        self.shards: Sequence[int] = range(len(rows) if self.random_access else rows.num_shards)
+        labels = {column: tuple(kind.names) for column, kind in features.items() if hasattr(kind, "names")}
+        self._columns = {("class" if column == "label" else column): column for column in labels}
+        classes = {label: labels[column] for label, column in self._columns.items()}
+        self.classes = ({} if self.table is None else self.table.classes) | classes
+        self.templates = _templates(self.classes)
+        self._folders = Folders({}, {"class": classes["class"]} if "class" in classes else {})
+
+    def read(self, shard: int, size: int | None = None) -> Iterator[Raw]:
+        if self.random_access:
+            rows: Iterable[dict[str, Any]] = (self._rows[shard],)
+        else:
+            # By blocks, because an iteration by rows splits itself once more among a loader's workers.
+            blocks = self._rows.shard(num_shards=len(self.shards), index=shard).iter(batch_size=16)
+            rows = (dict(zip(block, row, strict=True)) for block in blocks for row in zip(*block.values(), strict=True))
+        for i, row in enumerate(rows):
+            self.report["samples"] += 1
+            picture, key = row[self._image], f"{shard:07d}" if self.random_access else f"{shard:05d}_{i:07d}"
+            if picture is None:
+                self.report["no picture"] += 1
+                continue
+            data = picture["bytes"]
+            if data is None:
+                try:
+                    data = Path(picture["path"]).read_bytes()
+                except OSError:
+                    self.report["unreadable file"] += 1
+                    continue
+            labels = {label: row[column] for label, column in self._columns.items() if row[column] not in (None, -1)}
+            key = str(row.get("key", key))
+            yield _sample(key, data, _captions(row), labels, None, self._folders, self.table, self.report)
+
+
+@dataclass
+class Mixture:
+    """Several sources with weights. Read plainly they come one after another; training mixes them.
+
+    A label that two of them number differently is left out.
+    """
+
+    name: str
+    annotations: str | None = None
+    report: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        weighted = []
+        for word in self.name.split("::"):
+            data, at, weight = word.rpartition("@")
+            if not at or not _WEIGHT.fullmatch(weight):
+                data, weight = word, "1"
+            if not data or float(weight) == 0:
+                raise ConfigError(f"data={self.name}: write a mixture as A@3::B@1, with weights above 0")
+            own = None if data.startswith("scenes") else self.annotations
+            weighted.append((open_source(data, own), float(weight)))
+        total = sum(weight for _, weight in weighted)
+        self.parts: Sequence[tuple[Any, float]] = tuple((source, weight / total) for source, weight in weighted)
+        for source, _ in self.parts:
+            source.report = self.report
+        sources = [source for source, _ in self.parts]
+        self.random_access = all(source.random_access for source in sources)
+        self.shards: Sequence[tuple[int, Any]] = _Chained([source.shards for source in sources])
+        self.classes: dict[str, tuple[str, ...]] = {}
+        clashing = set()
+        for source in sources:
+            clashing |= {
+                label
+                for label in source.classes
+                if self.classes.get(label, source.classes[label]) != source.classes[label]
+            }
+            self.classes |= source.classes
+        self._clashing = clashing
+        self.classes = {label: names for label, names in self.classes.items() if label not in clashing}
+        templates = {label: found for source in sources for label, found in source.templates.items()}
+        self.templates = {label: templates[label] for label in self.classes}
+
+    def read(self, shard: tuple[int, Any], size: int | None = None) -> Iterator[Raw]:
+        for raw in self.parts[shard[0]][0].read(shard[1], size):
+            yield raw._replace(labels={label: n for label, n in raw.labels.items() if label not in self._clashing})
+
+
+class _Chained(Sequence[Any]):
+    """(number of the sequence, its item) of several sequences, one after another."""
+
+    def __init__(self, of: Sequence[Sequence[Any]]) -> None:
+        self._of = of
+
+    def __len__(self) -> int:
+        return sum(map(len, self._of))
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        for number, items in enumerate(self._of):
+            if i < len(items):
+                return number, items[i]
+            i -= len(items)
+        raise IndexError(i)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
         seed=cfg.seed,
         workers=cfg.workers,
         pin_memory=device.type == "cuda",
+        others={k: open_source(v) for k, v in (("ssl", cfg.ssl_data), ("rec", cfg.rec_data)) if v is not None},
     )
     out = open_run(cfg, cfg.resume, ignore=ORCHESTRATION)
     reseed(cfg.seed, 0, 0)  # every rank starts from the same weights

@@ -46,6 +46,20 @@ def _parser() -> argparse.ArgumentParser:
     p = _command(commands, "pretrain", pretrain, "pre-train a tokenizer")
     _recipe(p, PRETRAIN)
 
+    about_data = _group(commands, "data", "look at data, and pack them for training")
+    p = _command(about_data, "inspect", inspect_data, "counts, sizes, captions, duplicates, broken files, pictures")
+    p.add_argument("data", metavar="DATA")
+    p.add_argument("--out", type=Path, default=Path("inspect"), metavar="DIR", help="default: inspect")
+    p.add_argument("--annotations", metavar="JSONL", help="captions and labels by key, beside tar shards")
+    p.add_argument("--limit", type=int, metavar="N", help="samples at most")
+    p = _command(about_data, "pack", pack_data, "any data to tar shards of equal counts, with checksums")
+    p.add_argument("data", metavar="SOURCE")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR")
+    p.add_argument("--annotations", metavar="JSONL", help="captions and labels by key, beside tar shards")
+    p.add_argument("--shard-size", type=int, default=1_000, metavar="N", help="samples a shard at most (1000)")
+    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (one a core)")
+    p.add_argument("--limit", type=int, metavar="N", help="samples at most; give it for scenes, which has a million")
+
     evals = _group(commands, "eval", "judge a tokenizer, or generated pictures")
     p = _command(evals, "zero-shot", zero_shot, "classify images by text")
     _tokenizer_and_data(p)
@@ -374,6 +388,34 @@ def publish(args: argparse.Namespace) -> None:
     print(f"card: {write_card(args.tokenizer, name=args.push, license=args.license)}")
     if args.push is not None:
         print(f"sent to {upload(args.tokenizer, args.push, private=True if args.private else None).commit_url}")
+
+
+def inspect_data(args: argparse.Namespace) -> None:
+    """vtp data inspect"""
+    from rich import print as show
+
+    from vtp.report.dataset import table, write_inspection
+
+    show(table(write_inspection(args.data, args.annotations, args.limit, args.out)))
+    print(f"wrote {args.out / 'inspect.html'}, contact_sheet.png, inspect.json")
+
+
+def pack_data(args: argparse.Namespace) -> None:
+    """vtp data pack"""
+    from rich.progress import Progress
+
+    from vtp.config import ConfigError
+    from vtp.data.pack import pack
+
+    for name in ("shard_size", "workers"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1")
+    options = {name: getattr(args, name) for name in ("annotations", "shard_size", "workers", "limit")}
+    with Progress() as bar:
+        task = bar.add_task("shards", total=None)
+        done = pack(args.data, args.out, **options, progress=lambda n, of: bar.update(task, completed=n, total=of))
+    reasons = ", ".join(f"{n} {reason}" for reason, n in done["left_out"].items()) or "nothing"
+    print(f"packed {done['samples']:,} samples in {done['shards']:,} shards in {args.out}; left out: {reasons}")
 
 
 def sample(args: argparse.Namespace) -> None:

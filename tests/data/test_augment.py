@@ -102,7 +102,7 @@ def batch(clip=4, ssl=3, rec=2, rows=True):
         ClipBatch(pixels(clip, 16, 16), torch.ones(clip, 5, dtype=torch.int64)) if clip else None,
         SSLBatch(pixels(2, ssl, 16, 16), pixels(4, ssl, 8, 8), *([torch.zeros(0)] * 3)) if ssl else None,
         RecBatch(pixels(0 if rows else rec, 16, 16), torch.tensor([3, 1])[:rec] if rows else None) if rec else None,
-        Cursor(0),
+        Cursor(0, ()),
         {},
     )
 

@@ -81,3 +81,11 @@ def test_decompression_bombs_are_not_decoded(monkeypatch):
     monkeypatch.setattr(decoding, "MAX_PIXELS", 100)
     with pytest.raises(BadImage, match="16 x 12"):
         decode(encoded(RED_LEFT))
+
+
+def test_pixels_that_count_visitors_are_no_pictures():
+    for size in ((1, 1), (3, 400), (400, 1)):
+        with pytest.raises(BadImage) as caught:
+            decode(encoded(Image.new("RGB", size)))
+        assert caught.value.reason == "too few pixels"
+    assert decode(encoded(Image.new("RGB", (4, 60)))).shape == (60, 4, 3)

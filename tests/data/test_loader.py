@@ -1,6 +1,9 @@
 import io
 import itertools
 import json
+import random
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -13,6 +16,7 @@ from vtp.config import ConfigError
 from vtp.data.loader import (
     Cursor,
     Loader,
+    Place,
     captioned_batches,
     class_names,
     cut,
@@ -112,10 +116,69 @@ def test_the_smaller_batches_are_a_random_choice_of_the_pairs():
     assert min(chosen.values()) > 25 and len(chosen) == 8
 
 
+def mixture_of(shards, tmp_path):
+    (tmp_path / "more").mkdir()
+    for i in range(8):
+        (tmp_path / "more" / f"{i}.jpg").write_bytes(picture(i))
+    rows = [json.dumps({"file_name": f"{i}.jpg", "text": f"more {i}"}) for i in range(8)]
+    (tmp_path / "more" / "metadata.jsonl").write_text("\n".join(rows))
+    return open_source(f"{shards.name}@2::{tmp_path}/more@1::scenes@1")
+
+
+def parquet_of(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    datasets.disable_progress_bars()
+    (tmp_path / "set").mkdir()
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    for s in range(3):
+        columns = {
+            "image": [{"bytes": picture(i), "path": None} for i in range(9)],
+            "text": [f"{i} {s}" for i in range(9)],
+        }
+        rows = datasets.Dataset.from_dict(columns, features=features)
+        rows.to_parquet(str(tmp_path / "set" / f"train-{s}.parquet"))
+    return open_source(f"hf:{tmp_path}/set")
+
+
+def test_a_mixture_keeps_its_shares_and_every_part_its_epochs(shards, tmp_path):
+    source = mixture_of(shards, tmp_path)
+    stream = loader(source, BatchConfig(clip=0, ssl=0, rec=8), shuffle=5)
+    for _ in range(20):
+        batch = next(stream)
+        assert [round(p.drawn / batch.cursor.batches / 2) for p in batch.cursor.places] == [2, 1, 1]
+    tars, more, scenes = batch.cursor.places
+    assert (tars.epoch, more.epoch, scenes.epoch) == (1, 4, 0)  # of 70, 8 and a million
+
+
+def test_objectives_may_have_sources_of_their_own(tmp_path):
+    (tmp_path / "bare").mkdir()
+    for i in range(6):
+        Image.new("RGB", (16, 16), (250, 0, 0)).save(tmp_path / "bare" / f"{i}.png")
+    bare = open_source(str(tmp_path / "bare"))
+    options = {"others": {"ssl": bare}, "workers": 2}
+    whole = list(itertools.islice(loader(open_source("scenes"), **options), 9))
+    batch = whole[0]
+    assert (batch.ssl.global_crops[:, :, 0] > 240).all() and (batch.ssl.global_crops[:, :, 1] < 5).all()
+    assert batch.clip.images.float().std() > 5 and batch.rec.rows is not None
+    assert [place.drawn for place in batch.cursor.places] == [6, 3] and batch.report == {"samples": 9}
+    first = loader(open_source("scenes"), **options)
+    for _ in range(4):
+        next(first)
+    second = loader(open_source("scenes"), **options)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for batch in whole[4:]:
+        assert_same(next(second), batch)
+    first.close(), second.close()
+    own = next(loader(open_source("scenes"), others={"rec": bare}))
+    assert own.rec.rows is None and (own.rec.images[:, 0] > 240).all()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("data", ["scenes", "shards"])
-def test_a_resumed_stream_is_bit_identical_to_an_uninterrupted_one(request, workers, data):
-    source = open_source("scenes") if data == "scenes" else request.getfixturevalue("shards")
+@pytest.mark.parametrize("data", ["scenes", "shards", "mixture", "parquet"])
+def test_a_resumed_stream_is_bit_identical_to_an_uninterrupted_one(shards, tmp_path, workers, data):
+    makers = {"scenes": lambda: open_source("scenes"), "shards": lambda: shards}
+    makers |= {"mixture": lambda: mixture_of(shards, tmp_path), "parquet": lambda: parquet_of(tmp_path)}
+    source = makers[data]()
     whole = list(itertools.islice(loader(source, workers=workers, shuffle=9), 25))
     for stop in (1, 7, 12):
         first = loader(source, workers=workers, shuffle=9)
@@ -159,17 +222,97 @@ def test_workers_and_seeds_draw_differently():
     two.close()
 
 
-def test_a_position_of_another_run_is_refused():
+def test_a_position_of_another_run_is_refused(shards):
     source = open_source("scenes")
-    with pytest.raises(ConfigError, match="'workers': 1.*'workers': 2"):
-        loader(source, workers=2).load_state_dict(loader(source).state_dict())
     with pytest.raises(ConfigError, match="'seed': 0.*'seed': 1"):
         loader(source, seed=1).load_state_dict(loader(source).state_dict())
+    with pytest.raises(ConfigError, match="'sources': .'scenes'.*tmp|pytest"):
+        loader(shards).load_state_dict(loader(source).state_dict())
+
+
+@pytest.mark.parametrize("kind", ["shards", "files"])
+@pytest.mark.parametrize("before", [1, 2, 5])
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_another_number_of_workers_goes_on_with_the_rest_of_the_epoch(shards, tmp_path, kind, before, after):
+    """Twice: nothing is left out, and a former worker repeats at most what it had taken of its block."""
+    block, everything = 4, {f"{s}_{i}" for s in range(10) for i in range(7)}
+    if kind == "files":
+        block = 1
+        for key in everything:
+            (tmp_path / "files").mkdir(exist_ok=True)
+            (tmp_path / "files" / f"{key}.jpg").write_bytes(picture(1))
+        everything = {f"{key}.jpg" for key in everything}
+    source = shards if kind == "shards" else open_source(str(tmp_path / "files"))
+    read = Counter()  # (epoch, key)
+    batch = BatchConfig(clip=0, ssl=0, rec=5)
+    state = None
+    for workers, batches in ((before, 11), (after, 4), (before, 40)):
+        stream = loader(source, batch, workers=workers, shuffle=block)
+        dataset = stream._dataset
+        if state is not None:
+            stream.load_state_dict(json.loads(json.dumps(state)))
+        for i in range(batches):  # as the workers do, without their processes
+            worker = (stream._next + i) % workers
+            (place,), (past,) = dataset.cursors[worker].places, dataset.past
+            found = positions(source, 16, 0, worker, workers, block, place, past)
+            for raw, after_it in itertools.islice(found, 5):
+                read[after_it.epoch, raw.key] += 1
+            dataset.cursors[worker] = Cursor(worker, (after_it,))
+        state = stream.state_dict()
+    epochs = {e for e, _ in read}
+    for epoch in range(min(place[0] for _, (place,), _ in state["cursors"])):  # those that all have finished
+        counts = {key: read[epoch, key] for key in everything}
+        assert min(counts.values()) == 1
+        repeated = sum(counts.values()) - len(counts)
+        assert repeated <= (block - 1) * (before + after)
+        if kind == "files" or before == after == 1:
+            assert repeated == 0
+    assert len(epochs) >= 2
+
+
+KILLED = """
+import hashlib, itertools, json, sys
+from pathlib import Path
+from tests.data.test_loader import loader, tensors
+from vtp.data.sources import open_source
+data, folder, n = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+stream = loader(open_source(data), workers=2, shuffle=9)
+state = folder / "state.json"
+if state.is_file():
+    stream.load_state_dict(json.loads(state.read_text()))
+step = stream._dataset.cursors[0].batches + stream._dataset.cursors[1].batches
+while step < n:
+    batch, step = next(stream), step + 1
+    digest = hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in tensors(batch))).hexdigest()
+    print(step, digest, flush=True)
+    if step % 3 == 0:
+        (folder / "new").write_text(json.dumps(stream.state_dict()))
+        (folder / "new").rename(state)
+"""
+
+
+def test_a_killed_run_goes_on_with_the_same_batches(shards, tmp_path):
+    def run(folder, n, kill_at=None):
+        folder.mkdir(exist_ok=True)
+        command = [sys.executable, "-W", "ignore", "-c", KILLED, shards.name, str(folder), str(n)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            lines = []
+            for line in process.stdout:
+                lines.append(tuple(line.split()))
+                if len(lines) == kill_at:
+                    process.kill()
+        assert process.returncode == (0 if kill_at is None else -9)
+        return dict(lines)
+
+    whole = run(tmp_path / "whole", 70)
+    run(tmp_path / "killed", 70, kill_at=random.randint(5, 20))
+    resumed = run(tmp_path / "killed", 70)
+    assert len(resumed) >= 50 and resumed.items() <= whole.items()
 
 
 def keys_of_epoch(source, stream, streams, epoch, block=5):
-    samples = positions(source, 16, 0, stream, streams, block, Cursor(0, epoch=epoch))
-    return [raw.key for raw, cursor in itertools.takewhile(lambda s: s[1].epoch == epoch, samples)]
+    samples = positions(source, 16, 0, stream, streams, block, Place(epoch=epoch))
+    return [raw.key for raw, place in itertools.takewhile(lambda s: s[1].epoch == epoch, samples)]
 
 
 @pytest.mark.parametrize("streams", [1, 2, 3, 7])
@@ -225,6 +368,28 @@ def test_a_run_stops_when_too_much_is_broken(tmp_path, workers):
     for _ in range(20):
         next(patient)
     patient.close()
+
+
+def test_one_bad_shard_of_many_does_not_stop_a_run(tmp_path):
+    for s in range(20):
+        members = [(f"{s}_{i}.jpg", b"" if s in (3, 11) else picture(i)) for i in range(30)]
+        write_tar(tmp_path / f"{s:02d}.tar", members)
+    for workers in (1, 2):
+        stream = loader(open_source(str(tmp_path)), BatchConfig(clip=0, ssl=0, rec=5), workers=workers, shuffle=1)
+        for _ in range(110):  # an epoch
+            next(stream)
+        stream.close()
+        assert stream.report["empty file"] >= 60
+
+
+def test_a_source_that_ran_dry_is_an_error_and_no_endless_wait(tmp_path):
+    for i in range(10):
+        (tmp_path / f"{i}.jpg").write_bytes(picture(i))
+    stream = loader(open_source(str(tmp_path)), BatchConfig(clip=0, ssl=0, rec=2))
+    for i in range(10):
+        (tmp_path / f"{i}.jpg").write_bytes(b"")
+    with pytest.raises(ConfigError, match="in a row cannot be used .* empty file"):
+        next(stream)
 
 
 def test_data_of_which_nothing_can_be_read_is_refused_at_once(tmp_path):

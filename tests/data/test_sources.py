@@ -1,5 +1,6 @@
 import io
 import json
+import sys
 import tarfile
 
 import numpy as np
@@ -8,7 +9,7 @@ from PIL import Image
 
 from vtp.config import ConfigError
 from vtp.data.scenes import CLASSES
-from vtp.data.sources import CLASS_TEMPLATES, Source, counts, open_source
+from vtp.data.sources import CLASS_TEMPLATES, Source, counts, left_out, open_source
 
 
 def picture(i, suffix="JPEG"):
@@ -185,7 +186,38 @@ def test_broken_text_is_survived(tmp_path):
     source = open_source(str(write_tar(tmp_path / "a.tar", members)))
     raws = everything(source)
     assert raws[0].captions == ("caf\ufffd",) and raws[1].captions == ()
-    assert source.report["broken json"] == 1
+    assert source.report["broken json"] == source.report["caption not UTF-8"] == 1
+    assert left_out(source.report) == {"broken json": 1}  # the caption is kept, as far as it can be read
+
+
+def test_a_page_of_text_is_cut(tmp_path):
+    words = b"word " * 20_000  # 100 kB
+    source = open_source(str(write_tar(tmp_path / "a.tar", [("a.jpg", picture(0)), ("a.txt", words)])))
+    (raw,) = everything(source)
+    assert raw.captions[0] == words.decode()[:2_000] and source.report == {"samples": 1, "caption cut": 1}
+    assert not left_out(source.report)
+
+
+def test_names_that_lead_out_of_their_place_are_left_out(tmp_path):
+    members = [("../../a.jpg", picture(0)), ("../../a.txt", b"out"), ("x/b..c/d.jpg", picture(1))]
+    source = open_source(str(write_tar(tmp_path / "t" / "a.tar", members)))
+    assert [raw.key for raw in everything(source)] == ["x/b..c/d"]
+    assert source.report == {"samples": 1, "unsafe name": 2}
+    (tmp_path / "out.jpg").write_bytes(picture(0))
+    folder = tmp_path / "f"
+    folder.mkdir()
+    (folder / "in.jpg").write_bytes(picture(1))
+    (folder / "metadata.jsonl").write_text('{"file_name": "../out.jpg"}\n{"file_name": "in.jpg"}')
+    source = open_source(str(folder))
+    assert [raw.key for raw in everything(source)] == ["in.jpg"]
+    assert source.report == {"samples": 2, "unsafe name": 1}
+
+
+def test_a_key_that_comes_again_is_counted(tmp_path):
+    members = [("a.jpg", picture(0)), ("b.jpg", picture(1)), ("a.jpg", picture(2)), ("a.txt", b"late")]
+    source = open_source(str(write_tar(tmp_path / "a.tar", members)))
+    assert [(r.key, r.image) for r in everything(source)] == [("a", picture(0)), ("b", picture(1))]
+    assert source.report == {"samples": 2, "duplicate key": 1}
 
 
 def test_the_embedded_set():
@@ -245,3 +277,81 @@ def test_real_class_folders_in_a_shard(shared):
     source = open_source(str(folder / "tiny-imagenet-100-test.tar"))
     assert len(source.classes["class"]) == 100 and source.classes["class"][0] == "goldfish"
     np.testing.assert_array_equal(counts(source, "class"), [50] * 100)
+
+
+@pytest.mark.parametrize("kind", ["saved", "splits", "parquet"])
+def test_hugging_face_datasets(tmp_path, kind):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    datasets.disable_progress_bars()
+    columns = {
+        "image": [{"bytes": picture(i), "path": None} for i in range(12)],
+        "text": [f"number {i}" if i else None for i in range(12)],
+        "label": [i % 3 for i in range(12)],
+    }
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["a", "b", "c"]),
+        }
+    )
+    rows = datasets.Dataset.from_dict(columns, features=features)
+    data = f"hf:{tmp_path}/set"
+    if kind == "saved":
+        rows.save_to_disk(str(tmp_path / "set"))
+    elif kind == "splits":
+        datasets.DatasetDict({"held_out": rows}).save_to_disk(str(tmp_path / "set"))
+        data += ":held_out"
+    else:
+        (tmp_path / "set").mkdir()
+        for i in range(3):
+            rows.shard(3, i, contiguous=True).to_parquet(str(tmp_path / "set" / f"train-{i:05d}-of-00003.parquet"))
+    source = open_source(data)
+    assert isinstance(source, Source) and source.random_access == (kind != "parquet")
+    assert len(source.shards) == (3 if kind == "parquet" else 12)
+    assert source.classes == {"class": ("a", "b", "c")}
+    raws = everything(source)
+    assert [r.image for r in raws] == [picture(i) for i in range(12)]
+    assert raws[0].captions == tuple(t.format("a") for t in CLASS_TEMPLATES) and raws[5].captions == ("number 5",)
+    assert [r.labels["class"] for r in raws] == [0, 1, 2] * 4
+    np.testing.assert_array_equal(counts(source, "class"), [4, 4, 4])
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        open_source(f"hf:{tmp_path}/set:nowhere" if kind != "saved" else f"hf:{tmp_path}/set/gone")
+
+
+def test_a_hugging_face_set_without_the_library(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match="pip install 'vtp.datasets.'"):
+        open_source(f"hf:{tmp_path}")
+
+
+def test_a_mixture_reads_as_its_parts(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / f"{name}_class").mkdir(parents=True)
+        (tmp_path / name / f"{name}_class" / f"{name}.jpg").write_bytes(picture(1))
+    source = open_source(f"{tmp_path}/a@3::{tmp_path}/b::scenes:test@0.5")
+    assert isinstance(source, Source) and source.random_access and len(source.shards) == 5_002
+    assert [round(weight * 4.5, 6) for _, weight in source.parts] == [3, 1, 0.5]
+    assert "class" not in source.classes and source.classes["shape"] == CLASSES["shape"]  # two sets number it apart
+    raws = [raw for shard in source.shards[:3] for raw in source.read(shard)]
+    assert [r.key for r in raws[:2]] == ["a_class/a.jpg", "b_class/b.jpg"] and "relation" in raws[2].labels
+    assert raws[0].labels == {} and source.report == {"samples": 3}
+    for wrong in ("scenes@0::scenes:test", "::scenes"):
+        with pytest.raises(ConfigError, match="A@3::B@1"):
+            open_source(wrong)
+
+
+def test_what_img2dataset_writes(tmp_path):
+    for s in range(2):
+        meta = {"key": "0", "caption": "from txt", "url": "https://x", "status": "success", "width": 10}
+        members = [
+            (f"{s:05d}{i:04d}.{e}", d)
+            for i in range(3)
+            for e, d in (("jpg", picture(i)), ("txt", b"from txt"), ("json", json.dumps(meta).encode()))
+        ]
+        write_tar(tmp_path / f"{s:05d}.tar", members)
+        (tmp_path / f"{s:05d}.parquet").write_bytes(b"a side file")
+        (tmp_path / f"{s:05d}_stats.json").write_text("{}")
+    source = open_source(str(tmp_path))
+    raws = everything(source)
+    assert len(raws) == 6 and raws[0].captions == ("from txt",) and source.report == {"samples": 6}

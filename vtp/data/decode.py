@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from vtp.images import rgb
 
 MAX_PIXELS = 64_000_000  # larger pictures are taken for decompression bombs
+MIN_SIDE = 4  # smaller ones are what web pages count their visitors with
 _ORIENTATION = 0x0112  # EXIF tag
 
 
@@ -31,7 +32,8 @@ def decode(data: bytes) -> UInt8[ndarray, "h w 3"]:
     dropping the low byte, and of an animation the first frame is taken.
 
     Raises:
-        BadImage: "empty file", "not an image", "corrupt image" (truncated, for example) or "too many pixels".
+        BadImage: "empty file", "not an image", "corrupt image" (truncated, for example), "too many pixels" or "too few
+            pixels".
     """
     if not data:
         raise BadImage("empty file")
@@ -41,6 +43,10 @@ def decode(data: bytes) -> UInt8[ndarray, "h w 3"]:
             image = Image.open(io.BytesIO(data))
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage("too many pixels", f"{image.width} x {image.height}, at most {MAX_PIXELS} are decoded")
+            if min(image.size) < MIN_SIDE:
+                raise BadImage(
+                    "too few pixels", f"{image.width} x {image.height}, at least {MIN_SIDE} a side are needed"
+                )
             return np.array(rgb(_upright(image)))  # a copy that may be written to, as torch wants it
     except Image.DecompressionBombError as error:
         raise BadImage("too many pixels", str(error)) from None

@@ -2,6 +2,7 @@
 
 Everything random in batch k of worker w on rank r is drawn from (seed, r, w, k). A batch carries the position at which
 its worker stands after it, so that a run resumes behind the last batch that was consumed, not the last one prefetched.
+All workers of all ranks are streams of one epoch, which is split among them without gaps or repeats.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,13 +20,14 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from PIL import Image
 from torch import Tensor
+from torch import distributed as td
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vtp import dist
 from vtp.config import ConfigError
 from vtp.data.decode import BadImage, decode
 from vtp.data.masks import block_masks, targets
-from vtp.data.sources import Raw, Source, counts, head
+from vtp.data.sources import Raw, Source, counts, head, left_out
 from vtp.data.views import BatchConfig, ViewsConfig, caption_span, check, make
 from vtp.images import normalise, squash
 
@@ -49,16 +52,31 @@ class RecBatch(NamedTuple):
     rows: Tensor | None  # [Br] int64 into clip.images, or None where the view is its own
 
 
-class Cursor(NamedTuple):
-    """Where a worker stands: it has emitted `done` samples of the block that starts at sample `skip` of its shard
-    number `first` of an epoch, and `batches` batches in all."""
+class Place(NamedTuple):
+    """Where a stream stands in one source: behind `done` samples of the block that starts behind sample `skip` of the
+    shard at position `first` in the order of an epoch."""
 
-    worker: int
     epoch: int = 0
     first: int = 0
     skip: int = 0
     done: int = 0
+    drawn: int = 0  # samples read in all: what keeps the shares of a mixture
+
+
+class Cursor(NamedTuple):
+    """Where a worker stands: its place in every source, and the batches it has emitted."""
+
+    worker: int
+    places: tuple[Place, ...]
     batches: int = 0
+
+
+class Layout(NamedTuple):
+    """What `streams` streams had read of a source when a run went on with another number of them: each stream
+    everything before its (epoch, position of the shard, sample)."""
+
+    streams: int
+    ends: tuple[tuple[int, int, int], ...]
 
 
 class Batch(NamedTuple):
@@ -94,6 +112,7 @@ class Loader:
         shuffle: samples a worker holds to shuffle within (sources with random access are shuffled completely).
         max_broken: share of samples that may be unusable before the run is stopped.
         pin_memory: whether batches are to be copied to a GPU.
+        others: sources of their own for the objectives "ssl" and "rec".
 
     Raises:
         ConfigError: sizes that do not fit, no usable picture, or no captions where they are needed.
@@ -112,18 +131,24 @@ class Loader:
         shuffle: int = 1024,
         max_broken: float = 0.5,
         pin_memory: bool = False,
+        others: Mapping[str, Source] = MappingProxyType({}),
     ) -> None:
         check(views, batch, patch_size)
-        _check_source(source, captions=batch.clip > 0)
-        self.source, self.seed, self.workers = source, seed, workers
-        self._makers = max(1, workers)
-        if source.random_access and len(source.shards) < self._makers * dist.world_size():
-            raise ConfigError(
-                f"{source.name} has {len(source.shards)} pictures for {self._makers * dist.world_size()} "
-                "loader processes; use fewer workers or more data"
-            )
+        self.seed, self.workers = seed, workers
+        self._makers, self._max_broken = max(1, workers), max_broken
+        self._streams = self._makers * dist.world_size()
+        draws = _draws(source, others, batch, views)
+        for draw in draws:
+            _check_source(draw.source, captions=draw.captions)
+            for part, _ in draw.source.parts:
+                if part.random_access and len(part.shards) < self._streams:
+                    raise ConfigError(
+                        f"{part.name} has {len(part.shards)} pictures for {self._streams} "
+                        "loader processes; use fewer workers or more data"
+                    )
+        self._names = [part.name for draw in draws for part, _ in draw.source.parts]
         self._dataset = _Batches(
-            source, views, batch, tokenizer, patch_size, seed, self._makers, shuffle, max_broken, dist.rank()
+            draws, views, batch, tokenizer, patch_size, seed, self._makers, shuffle, dist.rank(), self._streams
         )
         self._pin_memory = pin_memory
         self._iterator: Iterator[Batch] | None = None
@@ -143,6 +168,8 @@ class Loader:
         worker = batch.cursor.worker
         self._dataset.cursors[worker] = batch.cursor
         self._reports[worker] = batch.report
+        if left_out(batch.report):
+            self._check_share()
         self._next = (worker + 1) % self._makers
         return batch
 
@@ -154,24 +181,61 @@ class Loader:
             total.update(report)
         return total
 
+    def _check_share(self) -> None:
+        """Over all workers: a single one may have begun with the one bad shard of many."""
+        report = self.report
+        broken = left_out(report)
+        if broken.total() >= 20 and broken.total() > self._max_broken * report["samples"]:
+            reasons = ", ".join(f"{n} {reason}" for reason, n in broken.most_common())
+            raise ConfigError(
+                f"{' and '.join(self._names)}: {broken.total()} of {report['samples']} samples cannot be used "
+                f"({reasons}), more than the share {self._max_broken} that a run bears; mend the data"
+            )
+
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers: the position behind the last consumed batch."""
-        cursors = [list(cursor) for cursor in self._dataset.cursors]
-        return {"seed": self.seed, "world": dist.world_size(), "next": self._next, "cursors": cursors}
+        """Plain numbers, the same on every rank: the positions of all ranks behind the last consumed batch.
+
+        On several ranks this is a collective.
+        """
+        cursors = list(self._dataset.cursors)
+        if dist.world_size() > 1:
+            everyone: list[Any] = [None] * dist.world_size()
+            td.all_gather_object(everyone, cursors)
+            cursors = list(itertools.chain(*everyone))
+        state = {"seed": self.seed, "workers": self._makers, "next": self._next, "sources": self._names}
+        return state | {"cursors": cursors, "past": list(self._dataset.past)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on behind the batch after which `state_dict` was called.
 
+        With as many ranks and workers as then, the batches are those of an uninterrupted run. With another number the
+        rest of the epoch is dealt anew: nothing is left out, and of sources in shards each former worker repeats fewer
+        than `shuffle` samples, those it had taken from the block it was shuffling; of others nothing is repeated.
+
         Raises:
-            ConfigError: another seed, or another number of ranks or workers.
+            ConfigError: another seed, or other sources.
         """
-        here = {"seed": self.seed, "world": dist.world_size(), "workers": self._makers}
-        there = {"seed": state["seed"], "world": state["world"], "workers": len(state["cursors"])}
+        here = {"seed": self.seed, "sources": self._names}
+        there = {name: state[name] for name in here}
         if here != there:
             raise ConfigError(f"the loader's position was saved with {there}, but this run has {here}; make them equal")
         self.close()
-        self._dataset.cursors = [Cursor(*numbers) for numbers in state["cursors"]]
-        self._next = state["next"]
+        cursors = [Cursor(w, tuple(Place(*p) for p in places), n) for w, places, n in state["cursors"]]
+        past = [tuple(Layout(n, tuple((e, f, s) for e, f, s in ends)) for n, ends in of) for of in state["past"]]
+        if (len(cursors), state["workers"]) == (self._streams, self._makers):
+            mine = slice(dist.rank() * self._makers, (dist.rank() + 1) * self._makers)
+            self._dataset.cursors, self._next = cursors[mine], state["next"]
+        else:
+            places = []
+            for i, of in enumerate(zip(*(cursor.places for cursor in cursors), strict=True)):
+                layout = Layout(len(of), tuple(place[:3] for place in of))
+                epoch = min(layout.ends)[0]
+                past[i] = tuple(old for old in (*past[i], layout) if max(old.ends)[0] >= epoch)
+                places.append(Place(epoch, drawn=sum(place.drawn for place in of) // self._streams))
+            batches = max(cursor.batches for cursor in cursors)
+            self._dataset.cursors = [Cursor(worker, tuple(places), batches) for worker in range(self._makers)]
+            self._next = 0
+        self._dataset.past = past
 
     def close(self) -> None:
         """End the worker processes; the next batch starts them again."""
@@ -228,10 +292,38 @@ def _pixels(raw: Raw, report: Counter[str]) -> ndarray | None:
 # --- what runs in a worker ---
 
 
+class _Draw(NamedTuple):
+    """Objectives that share a draw of pairs."""
+
+    source: Source
+    objectives: tuple[str, ...]
+    pairs: int
+    captions: bool  # whether every pair must have one
+    size: int  # pixels; at which a source that draws its pictures does so
+
+
+def _draws(source: Source, others: Mapping[str, Source], batch: BatchConfig, views: ViewsConfig) -> list[_Draw]:
+    active = [name for name in ("clip", "ssl", "rec") if getattr(batch, name)]
+    of: dict[int, tuple[Source, list[str]]] = {}
+    for name in active:
+        own = others.get(name, source)
+        of.setdefault(id(own), (own, []))[1].append(name)
+    return [
+        _Draw(
+            own,
+            tuple(names),
+            max(getattr(batch, name) for name in names),
+            "clip" in names,
+            max(views.global_size if name == "ssl" else views.size for name in names),
+        )
+        for own, names in of.values()
+    ]
+
+
 class _Batches(IterableDataset[Batch]):
     def __init__(
         self,
-        source: Source,
+        draws: list[_Draw],
         views: ViewsConfig,
         batch: BatchConfig,
         tokenizer: Tokenizer | None,
@@ -239,80 +331,95 @@ class _Batches(IterableDataset[Batch]):
         seed: int,
         workers: int,
         shuffle: int,
-        max_broken: float,
         rank: int,
+        streams: int,
     ) -> None:
-        self.source, self.views, self.batch, self.tokenizer, self.patch_size = (
-            source,
-            views,
-            batch,
-            tokenizer,
-            patch_size,
-        )
-        self.seed, self.rank, self.workers, self.shuffle, self.max_broken = seed, rank, workers, shuffle, max_broken
-        self.streams = workers * dist.world_size()
-        self.cursors = [Cursor(worker) for worker in range(workers)]
+        self.draws, self.views, self.batch, self.tokenizer = draws, views, batch, tokenizer
+        self.patch_size, self.seed, self.workers, self.shuffle = patch_size, seed, workers, shuffle
+        self.rank, self.streams = rank, streams
+        parts = sum(len(draw.source.parts) for draw in draws)
+        self.cursors = [Cursor(worker, (Place(),) * parts) for worker in range(workers)]
+        self.past: list[tuple[Layout, ...]] = [()] * parts  # for each source
         self.turn = 0  # the worker whose batch comes next
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
         worker = self.turn if info is None else (info.id + self.turn) % self.workers
         cursor = self.cursors[worker]
-        self.source.report.clear()
-        samples = self._usable(cursor)
+        places, past = iter(cursor.places), iter(self.past)
+        streams = []
+        for draw in self.draws:
+            n = len(draw.source.parts)
+            begin = list(itertools.islice(places, n)), list(itertools.islice(past, n))
+            streams.append(self._usable(draw, self.rank * self.workers + worker, *begin))
+            draw.source.report.clear()
         for k in itertools.count(cursor.batches):
             rng = np.random.default_rng([self.seed, _BATCH, self.rank, worker, k])
-            drawn = list(itertools.islice(samples, self.batch.pairs))
-            cursor = drawn[-1][2]._replace(batches=k + 1)
-            raws, images, _ = (list(column) for column in zip(*drawn, strict=True))
-            parts = build(raws, images, self.views, self.batch, self.tokenizer, self.patch_size, rng)
-            yield Batch(*parts, cursor, dict(self.source.report))
+            pairs: dict[str, tuple[list[Raw], list[ndarray]]] = {}
+            ends: tuple[Place, ...] = ()
+            for draw, samples in zip(self.draws, streams, strict=True):
+                raws, images, after = zip(*itertools.islice(samples, draw.pairs), strict=True)
+                ends += after[-1]
+                pairs |= dict.fromkeys(draw.objectives, (list(raws), list(images)))
+            views = build(pairs, self.views, self.batch, self.tokenizer, self.patch_size, rng)
+            report = sum((draw.source.report for draw in self.draws), Counter())
+            yield Batch(*views, Cursor(worker, ends, k + 1), dict(report))
 
-    def _usable(self, cursor: Cursor) -> Iterator[tuple[Raw, ndarray, Cursor]]:
-        report = self.source.report
-        size = max(
-            self.views.size if self.batch.clip or self.batch.rec else 0, self.views.global_size * bool(self.batch.ssl)
-        )
-        stream = self.rank * self.workers + cursor.worker
-        block = 1 if self.source.random_access else self.shuffle
-        for raw, after in positions(self.source, size, self.seed, stream, self.streams, block, cursor):
-            if self.batch.clip and not raw.captions:
+    def _usable(
+        self, draw: _Draw, stream: int, places: list[Place], past: list[tuple[Layout, ...]]
+    ) -> Iterator[tuple[Raw, ndarray, tuple[Place, ...]]]:
+        """Samples of a stream that can be used, from the parts of a mixture by their weights, each with the places
+        behind it."""
+        report = draw.source.report
+        sources, weights = zip(*draw.source.parts, strict=True)
+        parts = [
+            positions(s, draw.size, self.seed, stream, self.streams, 1 if s.random_access else self.shuffle, place, old)
+            for s, place, old in zip(sources, places, past, strict=True)
+        ]
+        drawn, misses, since = sum(place.drawn for place in places), 0, places
+        while True:
+            drawn += 1
+            i = max(range(len(parts)), key=lambda i: weights[i] * drawn - places[i].drawn)  # furthest behind its share
+            raw, place = next(parts[i])
+            places = [*places[:i], place, *places[i + 1 :]]
+            if draw.captions and not raw.captions:
                 report["no caption"] += 1
             elif (image := _pixels(raw, report)) is not None:
-                yield raw, image, after
-            if len(report) > 1:
-                self._check_share(report)
-
-    def _check_share(self, report: Counter[str]) -> None:
-        seen, broken = report["samples"], sum(n for reason, n in report.items() if reason != "samples")
-        if broken > self.max_broken * seen and broken >= 20:
-            reasons = ", ".join(f"{n} {reason}" for reason, n in report.most_common() if reason != "samples")
-            raise ConfigError(
-                f"{self.source.name}: {broken} of {seen} samples cannot be used ({reasons}), more than the share "
-                f"{self.max_broken} that a run bears; mend the data"
-            )
+                misses, since = 0, places
+                yield raw, image, tuple(places)
+                continue
+            misses += 1
+            if misses == _PATIENCE or all(p.epoch > old.epoch + 1 for p, old in zip(places, since, strict=True)):
+                reasons = ", ".join(f"{n} {reason}" for reason, n in left_out(report).most_common())
+                raise ConfigError(f"{draw.source.name}: {misses} samples in a row cannot be used ({reasons})")
 
 
+_PATIENCE = 20_000  # unusable samples in a row: twice the largest usual shard
 _EPOCH, _BLOCK, _BATCH = 1, 2, 3  # what a random stream is for, so that no two share their numbers
 
 
 def positions(
-    source: Source, size: int, seed: int, stream: int, streams: int, block: int, cursor: Cursor
-) -> Iterator[tuple[Raw, Cursor]]:
-    """Endless samples of one of `streams` disjoint streams, from a cursor on, each with the cursor behind it.
+    source: Source,
+    size: int,
+    seed: int,
+    stream: int,
+    streams: int,
+    block: int,
+    place: Place,
+    past: Sequence[Layout] = (),
+) -> Iterator[tuple[Raw, Place]]:
+    """Endless samples of one of `streams` disjoint streams, from a place on, each with the place behind it.
 
     Each epoch permutes the shards alike for all streams. Where there are enough of them a stream reads its own, else
     all streams read all shards and take turns with the samples. Samples are shuffled within blocks of `block`: a block
-    can be read again, which makes resuming exact.
+    can be read again, which makes resuming exact. What was read under one of the layouts of the past is passed over.
     """
-    whole_shards = source.random_access or len(source.shards) >= 4 * streams
-    _, epoch, first, skip, done, _ = cursor
+    epoch, first, skip, done, drawn = place
+    seen_in_part = max((end[0] for layout in past for end in layout.ends), default=-1)
     while True:
         order = np.random.default_rng([seed, _EPOCH, epoch]).permutation(len(source.shards))
-        mine = order[stream::streams] if whole_shards else order
-        share = None if whole_shards else (stream, streams)
-        samples = _epoch(source, size, mine, share, first, skip)
-        empty = first == skip == done == 0
+        samples = _epoch(source, size, order, epoch, (stream, streams), first, skip, past)
+        empty = first == skip == done == 0 and epoch > seen_in_part
         while held := list(itertools.islice(samples, block)):
             empty = False
             key = [seed, _BLOCK, stream, epoch, first, skip]
@@ -323,7 +430,9 @@ def positions(
             for j in range(done, len(raws)):
                 raw, raws[shuffled[j]] = raws[shuffled[j]], None
                 assert raw is not None
-                yield raw, cursor._replace(epoch=epoch, first=first, skip=skip, done=j + 1)
+                drawn += 1
+                within = (first, skip, j + 1) if j + 1 < len(raws) else (*end, 0)
+                yield raw, Place(epoch, *within, drawn)
             (first, skip), done = end, 0
         if empty:
             raise ConfigError(f"{source.name}: an epoch gave no sample to loader process {stream} of {streams}")
@@ -331,27 +440,53 @@ def positions(
 
 
 def _epoch(
-    source: Source, size: int, mine: Int[ndarray, " n"], share: tuple[int, int] | None, first: int, skip: int
+    source: Source,
+    size: int,
+    order: Int[ndarray, " n"],
+    epoch: int,
+    share: tuple[int, int],
+    first: int,
+    skip: int,
+    past: Sequence[Layout],
 ) -> Iterator[tuple[Raw, int, int]]:
-    """(sample, shard number, samples of that shard read so far) behind `skip` samples of shard number `first`."""
-    for n in range(first, len(mine)):
-        for j, raw in enumerate(source.read(source.shards[int(mine[n])], size)):
-            if (n > first or j >= skip) and (share is None or (n + j) % share[1] == share[0]):
-                yield raw, n, j + 1
+    """(sample, position of its shard, samples of that shard read so far) of a stream's share of an epoch, behind
+    `skip` samples of the shard at position `first`."""
+    stream, streams = share
+    whole = _whole_shards(source, streams)
+    layouts = [(layout, _whole_shards(source, layout.streams)) for layout in past]
+    begin, step = (first + (stream - first) % streams, streams) if whole else (first, 1)
+    for n in range(begin, len(order), step):
+        if any(
+            (layout.ends[n % layout.streams] if by_shard else min(layout.ends)) >= (epoch, n + 1, 0)
+            for layout, by_shard in layouts
+        ):
+            continue
+        for j, raw in enumerate(source.read(source.shards[int(order[n])], size)):
+            if (n == first and j < skip) or not (whole or (n + j) % streams == stream):
+                continue
+            if any(
+                (epoch, n, j) < layout.ends[(n if by_shard else n + j) % layout.streams] for layout, by_shard in layouts
+            ):
+                continue
+            yield raw, n, j + 1
+
+
+def _whole_shards(source: Source, streams: int) -> bool:
+    return source.random_access or len(source.shards) >= 4 * streams
 
 
 def build(
-    raws: Sequence[Raw],
-    images: list[ndarray],
+    pairs: Mapping[str, tuple[list[Raw], list[ndarray]]],
     views: ViewsConfig,
     batch: BatchConfig,
     tokenizer: Tokenizer | None,
     patch_size: int,
     rng: np.random.Generator,
 ) -> tuple[ClipBatch | None, SSLBatch | None, RecBatch | None]:
-    """The views of one draw of pairs."""
+    """The views of the pairs drawn for each objective."""
     clip, ssl, rec = None, None, None
     if batch.clip:
+        raws, images = pairs["clip"]
         rows = _draw(len(images), batch.clip, rng)
         pictures = make([images[i] for i in rows], views.size, views.scale, views.flip, rng)[0]
         texts = [raws[i].captions[int(rng.integers(len(raws[i].captions)))] for i in rows]
@@ -359,13 +494,15 @@ def build(
             texts = [caption_span(text, rng) if rng.random() < views.caption_spans else text for text in texts]
         assert tokenizer is not None
         clip = ClipBatch(pictures, cut(tokenizer(texts)))
-    if batch.rec and clip is not None and views.share:
+    if batch.rec and clip is not None and views.share and pairs["rec"] is pairs["clip"]:
         rec = RecBatch(clip.images[:0], torch.from_numpy(_draw(batch.clip, batch.rec, rng)))
     elif batch.rec:
+        images = pairs["rec"][1]
         rows = _draw(len(images), batch.rec, rng)
         scale = views.scale if views.share else views.rec_scale
         rec = RecBatch(make([images[i] for i in rows], views.size, scale, views.flip, rng)[0], None)
     if batch.ssl:
+        images = pairs["ssl"][1]
         chosen = [images[i] for i in _draw(len(images), batch.ssl, rng)]
         global_crops = make(chosen, views.global_size, views.global_scale, views.ssl_flip, rng, 2)
         local_crops = make(chosen, views.local_size, views.local_scale, views.ssl_flip, rng, views.local_crops)

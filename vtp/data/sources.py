@@ -4,14 +4,16 @@
     path/ + metadata.jsonl   {"file_name": ..., "text": caption or captions, other columns: labels}
     path/{00..99}.tar        webdataset shards: KEY.jpg|png|webp + KEY.txt|json|cls, or CLASS/FILE.jpg; also globs,
                              a folder of tars, and pipe:, https:, ... as webdataset opens them
+    hf:NAME, hf:PATH:SPLIT   Hugging Face `datasets`: a name on the hub (streamed), what save_to_disk wrote, or a folder
+                             of parquet files; the split is `train` unless given
     scenes, scenes:test      the embedded set and its held-out part
+    A@3::B@1                 a mixture of any of these: three samples of A for one of B; without @ a weight is 1
 
 Files that hold classes may lie beside a classes.json that names them: a list of {"wnid": folder, "names": [...]}.
 """
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import re
@@ -26,7 +28,7 @@ import numpy as np
 from numpy import ndarray
 
 from vtp.config import ConfigError
-from vtp.data import scenes
+from vtp.data import scenes, shards
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTION_COLUMNS = ("text", "caption", "captions")
@@ -35,8 +37,11 @@ KEY_COLUMNS = ("key", "file_name")
 CLASS_TEMPLATES = ("a photo of a {}", "a picture of a {}", "a photo of the {}", "a close-up of a {}", "a {}")
 # Columns of annotations are named in captions in many ways; the bare name is the one they share.
 COLUMN_TEMPLATES = ("{}",)
+MAX_CAPTION = 2_000  # characters; far more than any text tower reads, and a page of text costs a worker its time
+# What a report counts without anything being left out.
+HARMLESS = frozenset({"samples", "caption cut", "caption not UTF-8"})
 _SUFFIXES = frozenset(IMAGE_SUFFIXES)
-_REMOTE = re.compile(r"^(pipe|https?|s3|gs|hf|ais|ftps|sftp|scp|file):")
+_WEIGHT = re.compile(r"\d+(\.\d+)?")
 
 
 class Raw(NamedTuple):
@@ -59,6 +64,7 @@ class Source(Protocol):
         classes: for each label its class names; a label is an index into them.
         templates: for each label prompt templates with one {}.
         report: how many samples were seen ("samples") and skipped, by reason.
+        parts: the sources that are mixed and their shares, which sum to 1; itself alone where nothing is mixed.
     """
 
     name: str
@@ -67,6 +73,9 @@ class Source(Protocol):
     classes: dict[str, tuple[str, ...]]
     templates: dict[str, tuple[str, ...]]
     report: Counter[str]
+
+    @property
+    def parts(self) -> Sequence[tuple[Source, float]]: ...
 
     def read(self, shard: Any, size: int | None = None) -> Iterator[Raw]:
         """Samples of a shard. `size` is the side in pixels at which a source that draws its pictures should do so."""
@@ -84,16 +93,25 @@ def open_source(data: str, annotations: str | None = None) -> Source:
     Raises:
         ConfigError: nothing there, no pictures in it, or an annotation file that cannot be read.
     """
+    if "::" in data:
+        return Mixture(data, annotations)
     if data == "scenes" or data.startswith("scenes:"):
         if annotations is not None:
             raise ConfigError("scenes brings its own captions and labels; leave annotations out")
         return SceneSource(data)
     table = None if annotations is None else Table.load(Path(annotations), KEY_COLUMNS)
+    if data.startswith("hf:") and not data.startswith("hf://"):
+        return HubSource(data, table)
     path = Path(data).expanduser()
-    if not _REMOTE.match(data) and path.is_dir():
+    if not shards.REMOTE.match(data) and path.is_dir():
         tars = sorted(str(p) for p in path.glob("*.tar"))
         return TarSource(data, tars, table) if tars else FolderSource(data, table)
-    return TarSource(data, _expand(data), table)
+    return TarSource(data, shards.expand(data), table)
+
+
+def left_out(report: Mapping[str, int]) -> Counter[str]:
+    """The part of a report that counts what could not be used."""
+    return Counter({reason: n for reason, n in report.items() if reason not in HARMLESS})
 
 
 def captioned(source: Source) -> bool:
@@ -170,11 +188,19 @@ def _captions(row: Mapping[str, Any]) -> tuple[str, ...]:
     return ()
 
 
-# --- the three sources ---
+# --- the sources ---
+
+
+class _Alone:
+    """A source that mixes nothing."""
+
+    @property
+    def parts(self) -> tuple[tuple[Any, float], ...]:
+        return ((self, 1.0),)
 
 
 @dataclass
-class SceneSource:
+class SceneSource(_Alone):
     """The embedded set; a shard is an index."""
 
     name: str
@@ -195,7 +221,7 @@ class SceneSource:
 
 
 @dataclass
-class FolderSource:
+class FolderSource(_Alone):
     """Files in folders; a shard is the number of one file in the sorted list."""
 
     name: str
@@ -225,17 +251,20 @@ class FolderSource:
     def read(self, shard: int, size: int | None = None) -> Iterator[Raw]:
         key = self.files[shard]
         self.report["samples"] += 1
+        if shards.unsafe(key):
+            self.report["unsafe name"] += 1
+            return
         try:
             image = (Path(self.name).expanduser() / key).read_bytes()
         except OSError:
             self.report["unreadable file"] += 1
             return
         folder = key.split("/", 1)[0] if "/" in key else None
-        yield _sample(key, image, (), {}, folder, self._folders, self.table)
+        yield _sample(key, image, (), {}, folder, self._folders, self.table, self.report)
 
 
 @dataclass
-class TarSource:
+class TarSource(_Alone):
     """Tar shards, opened and read by webdataset."""
 
     name: str
@@ -245,12 +274,14 @@ class TarSource:
     report: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        first = next((m for shard in self.shards for m in _members(shard, Counter()) if m.keys() & _SUFFIXES), None)
+        first = next(
+            (m for shard in self.shards for m in shards.members(shard, Counter()) if m.keys() & _SUFFIXES), None
+        )
         if first is None:
             raise ConfigError(
                 f"no pictures in {self.name}: its shards should hold KEY.jpg|png|webp with KEY.txt|json|cls"
             )
-        beside = None if _REMOTE.match(self.shards[0]) else Path(self.shards[0]).parent / "classes.json"
+        beside = None if shards.REMOTE.match(self.shards[0]) else Path(self.shards[0]).parent / "classes.json"
         folders: Iterable[str] = ()
         if self.table is None and not {"txt", "json", "cls"} & first.keys() and "/" in first["__key__"]:
             folders = _scan(self.shards, beside, lambda name, _: name.split("/")[-2] if "/" in name else None)
@@ -264,7 +295,7 @@ class TarSource:
         self.templates = _templates(self.classes)
 
     def read(self, shard: str, size: int | None = None) -> Iterator[Raw]:
-        for member in _members(shard, self.report):
+        for member in shards.members(shard, self.report):
             self.report["samples"] += 1
             image = next((member[s] for s in IMAGE_SUFFIXES if s in member), None)
             if image is None:
@@ -272,7 +303,7 @@ class TarSource:
                 continue
             captions: tuple[str, ...] = ()
             if "txt" in member:
-                captions = _captions({"text": member["txt"].decode("utf-8", errors="replace")})
+                captions = _captions({"text": _text(member["txt"], self.report)})
             elif "json" in member:
                 captions = _json_captions(member["json"], self.report)
             labels = {}
@@ -280,7 +311,137 @@ class TarSource:
                 labels["class"] = int(member["cls"])
             key = member["__key__"]
             folder = key.split("/")[-2] if "/" in key else None
-            yield _sample(key, image, captions, labels, folder, self._folders, self.table)
+            yield _sample(key, image, captions, labels, folder, self._folders, self.table, self.report)
+
+
+@dataclass
+class HubSource(_Alone):
+    """A Hugging Face data set. A shard is a row of what save_to_disk wrote, else one of the set's files, streamed."""
+
+    name: str
+    table: Table | None = None
+    random_access: bool = False
+    report: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        try:
+            import datasets
+        except ImportError:
+            raise ConfigError(f"data={self.name} needs the datasets library; pip install 'vtp[datasets]'") from None
+        path, _, split = self.name.removeprefix("hf:").partition(":")
+        folder, split = Path(path).expanduser(), split or "train"
+        try:
+            if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+                found = datasets.load_from_disk(str(folder))
+                rows = found[split] if isinstance(found, datasets.DatasetDict) else found
+            else:
+                rows = datasets.load_dataset(str(folder) if folder.exists() else path, split=split, streaming=True)
+        except Exception as error:  # of the hub, of its files, of a split that is not there
+            raise ConfigError(f"data={self.name} cannot be opened: {error}") from None
+        features = rows.features or {}
+        pictures = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
+        if not pictures:
+            raise ConfigError(f"{self.name} has no column of pictures, only {', '.join(features) or 'unknown ones'}")
+        self._image = pictures[0]
+        self._rows: Any = rows.cast_column(self._image, datasets.Image(decode=False))
+        self.random_access = isinstance(rows, datasets.Dataset)
+        self.shards: Sequence[int] = range(len(rows) if self.random_access else rows.num_shards)
+        labels = {column: tuple(kind.names) for column, kind in features.items() if hasattr(kind, "names")}
+        self._columns = {("class" if column == "label" else column): column for column in labels}
+        classes = {label: labels[column] for label, column in self._columns.items()}
+        self.classes = ({} if self.table is None else self.table.classes) | classes
+        self.templates = _templates(self.classes)
+        self._folders = Folders({}, {"class": classes["class"]} if "class" in classes else {})
+
+    def read(self, shard: int, size: int | None = None) -> Iterator[Raw]:
+        if self.random_access:
+            rows: Iterable[dict[str, Any]] = (self._rows[shard],)
+        else:
+            # By blocks, because an iteration by rows splits itself once more among a loader's workers.
+            blocks = self._rows.shard(num_shards=len(self.shards), index=shard).iter(batch_size=16)
+            rows = (dict(zip(block, row, strict=True)) for block in blocks for row in zip(*block.values(), strict=True))
+        for i, row in enumerate(rows):
+            self.report["samples"] += 1
+            picture, key = row[self._image], f"{shard:07d}" if self.random_access else f"{shard:05d}_{i:07d}"
+            if picture is None:
+                self.report["no picture"] += 1
+                continue
+            data = picture["bytes"]
+            if data is None:
+                try:
+                    data = Path(picture["path"]).read_bytes()
+                except OSError:
+                    self.report["unreadable file"] += 1
+                    continue
+            labels = {label: row[column] for label, column in self._columns.items() if row[column] not in (None, -1)}
+            key = str(row.get("key", key))
+            yield _sample(key, data, _captions(row), labels, None, self._folders, self.table, self.report)
+
+
+@dataclass
+class Mixture:
+    """Several sources with weights. Read plainly they come one after another; training mixes them.
+
+    A label that two of them number differently is left out.
+    """
+
+    name: str
+    annotations: str | None = None
+    report: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        weighted = []
+        for word in self.name.split("::"):
+            data, at, weight = word.rpartition("@")
+            if not at or not _WEIGHT.fullmatch(weight):
+                data, weight = word, "1"
+            if not data or float(weight) == 0:
+                raise ConfigError(f"data={self.name}: write a mixture as A@3::B@1, with weights above 0")
+            own = None if data.startswith("scenes") else self.annotations
+            weighted.append((open_source(data, own), float(weight)))
+        total = sum(weight for _, weight in weighted)
+        self.parts: Sequence[tuple[Any, float]] = tuple((source, weight / total) for source, weight in weighted)
+        for source, _ in self.parts:
+            source.report = self.report
+        sources = [source for source, _ in self.parts]
+        self.random_access = all(source.random_access for source in sources)
+        self.shards: Sequence[tuple[int, Any]] = _Chained([source.shards for source in sources])
+        self.classes: dict[str, tuple[str, ...]] = {}
+        clashing = set()
+        for source in sources:
+            clashing |= {
+                label
+                for label in source.classes
+                if self.classes.get(label, source.classes[label]) != source.classes[label]
+            }
+            self.classes |= source.classes
+        self._clashing = clashing
+        self.classes = {label: names for label, names in self.classes.items() if label not in clashing}
+        templates = {label: found for source in sources for label, found in source.templates.items()}
+        self.templates = {label: templates[label] for label in self.classes}
+
+    def read(self, shard: tuple[int, Any], size: int | None = None) -> Iterator[Raw]:
+        for raw in self.parts[shard[0]][0].read(shard[1], size):
+            yield raw._replace(labels={label: n for label, n in raw.labels.items() if label not in self._clashing})
+
+
+class _Chained(Sequence[Any]):
+    """(number of the sequence, its item) of several sequences, one after another."""
+
+    def __init__(self, of: Sequence[Sequence[Any]]) -> None:
+        self._of = of
+
+    def __len__(self) -> int:
+        return sum(map(len, self._of))
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        for number, items in enumerate(self._of):
+            if i < len(items):
+                return number, items[i]
+            i -= len(items)
+        raise IndexError(i)
 
 
 @dataclass(frozen=True)
@@ -318,6 +479,7 @@ def _sample(
     folder: str | None,
     folders: Folders,
     table: Table | None,
+    report: Counter[str],
 ) -> Raw:
     """Put together what the sample itself, its folder and the annotations say. A class becomes captions if need be."""
     if folder is not None and folder in folders.index:
@@ -327,7 +489,18 @@ def _sample(
         captions, labels = table.captions[row] or captions, labels | table.labels[row]
     if not captions and "class" in labels and folders.classes:
         captions = tuple(t.format(folders.classes["class"][labels["class"]]) for t in CLASS_TEMPLATES)
+    if any(len(caption) > MAX_CAPTION for caption in captions):
+        report["caption cut"] += 1
+        captions = tuple(caption[:MAX_CAPTION] for caption in captions)
     return Raw(key, image, captions, labels)
+
+
+def _text(data: bytes, report: Counter[str]) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        report["caption not UTF-8"] += 1
+        return data.decode("utf-8", errors="replace")
 
 
 def _images(root: Path) -> Iterator[str]:
@@ -339,79 +512,14 @@ def _images(root: Path) -> Iterator[str]:
                 yield (Path(folder) / name).relative_to(root).as_posix()
 
 
-def _expand(data: str) -> list[str]:
-    """Tar shards that a string of braces, globs and schemes stands for, in order.
-
-    Raises:
-        ConfigError: a local shard that is not there.
-    """
-    from webdataset.shardlists import expand_urls
-
-    shards: list[str] = []
-    for url in expand_urls(data):
-        if _REMOTE.match(url):
-            shards.append(url)
-            continue
-        local = os.path.expanduser(url)
-        found = sorted(glob.glob(local)) if glob.has_magic(local) and not os.path.exists(local) else [local]
-        if not found or not os.path.isfile(found[0]):
-            raise ConfigError(
-                f"no data at {data}"
-                + (f" ({local} is missing)" if local != data else "")
-                + "; give a folder, tar shards such as 'path/{000..099}.tar', or scenes"
-            )
-        shards += found
-    if not _REMOTE.match(shards[0]) and not any(tarfile.is_tarfile(s) for s in shards if os.path.getsize(s)):
-        raise ConfigError(f"{shards[0]} is not a tar shard; data is a folder, tar shards, or scenes")
-    return shards
-
-
-def _members(shard: str, report: Counter[str]) -> Iterator[dict[str, Any]]:
-    """Samples of a tar as webdataset groups them: {"__key__", suffix: bytes}. A broken shard ends early, counted."""
-    from webdataset.gopen import gopen
-    from webdataset.tariterators import group_by_keys, tar_file_iterator
-
-    try:
-        with gopen(shard) as stream:
-            tail = _Tail(stream)
-            files = ({**file, "__url__": shard} for file in tar_file_iterator(tail))
-            yield from group_by_keys(files, handler=_skip_duplicates(report))
-        if tail.last.strip(b"\0"):
-            raise tarfile.ReadError("no end mark")
-    except (tarfile.TarError, OSError, EOFError):
-        report["broken shard"] += 1
-
-
-class _Tail:
-    """A stream that remembers its last block: tarfile takes a shard cut within a header for a whole one."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream, self.last = stream, b""
-
-    def read(self, n: int = -1) -> bytes:
-        data = self._stream.read(n)
-        self.last = data[-512:] or self.last
-        return data
-
-
-def _skip_duplicates(report: Counter[str]) -> Any:
-    def handler(error: Exception) -> bool:
-        if not isinstance(error, ValueError):  # anything but a file name that is there twice
-            raise error
-        report["duplicate file"] += 1
-        return True
-
-    return handler
-
-
-def _scan(shards: Sequence[str], names: Path | None, found: Any) -> Iterator[str]:
+def _scan(paths: Sequence[str], names: Path | None, found: Any) -> Iterator[str]:
     """What `found(member name, text reader)` says of each member of local shards; nothing where classes are listed.
 
     Only the headers are read, but for members whose text is asked for.
     """
-    if (names is not None and names.is_file()) or _REMOTE.match(shards[0]):
+    if (names is not None and names.is_file()) or shards.REMOTE.match(paths[0]):
         return
-    for shard in shards:
+    for shard in paths:
         try:
             with tarfile.open(shard) as tar:
                 for info in tar:

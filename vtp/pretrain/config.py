@@ -69,7 +69,9 @@ class DistilConfig:
 class PretrainConfig:
     """One pre-training run."""
 
-    data: str = "scenes"  # class folders, folder with metadata.jsonl, tar shards, or scenes
+    data: str = "scenes"  # class folders, folder with metadata.jsonl, tar shards, hf:NAME, scenes, or a mixture
+    ssl_data: str | None = None  # pictures of self-distillation alone; they need no captions
+    rec_data: str | None = None  # pictures of reconstruction alone
     annotations: str | None = None  # jsonl of captions and labels by key, beside tar shards
     out: str = "runs/pretrain"
     steps: int = 1_000

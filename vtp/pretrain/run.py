@@ -9,7 +9,7 @@ from pathlib import Path
 from vtp import dist
 from vtp.config import ConfigError
 from vtp.data.loader import Loader
-from vtp.data.sources import open_source
+from vtp.data.sources import left_out, open_source
 from vtp.engine.logging import console
 from vtp.engine.loop import open_run, reseed, train
 from vtp.engine.optim import pick_device
@@ -40,6 +40,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
         seed=cfg.seed,
         workers=cfg.workers,
         pin_memory=device.type == "cuda",
+        others={k: open_source(v) for k, v in (("ssl", cfg.ssl_data), ("rec", cfg.rec_data)) if v is not None},
     )
     if cfg.model.image_size != cfg.views.size:
         raise ConfigError(
@@ -61,7 +62,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
 
 def _report_broken(loader: Loader, data: str, file: Path) -> None:
     """Add the reads that gave nothing to data.json, by reason; a broken sample counts in each epoch that meets it."""
-    broken = Counter({reason: count for reason, count in loader.report.items() if reason != "samples"})
+    broken = left_out(loader.report)
     if broken:
         reasons = ", ".join(f"{count} {reason}" for reason, count in broken.items())
         console.print(f"left out of {data}, over all epochs: {reasons}")

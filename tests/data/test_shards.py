@@ -1,0 +1,114 @@
+"""Shards from real servers on loopback that break."""
+
+import logging
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from tests.data.test_sources import everything, picture, write_tar
+from vtp.data import shards
+from vtp.data.sources import open_source
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    monkeypatch.setattr(shards, "RETRY_AFTER", (0.0, 0.0))
+    monkeypatch.setattr(shards, "TIMEOUT", 0.5)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for s in range(3):
+        members = [(f"{s}{i}.{e}", d) for i in range(9) for e, d in (("jpg", picture(i)), ("txt", b"t"))]
+        write_tar(tmp_path / f"{s}.tar", members)
+    return tmp_path
+
+
+@pytest.fixture
+def server(folder):
+    """A server whose `faults[path]` say for each request in turn: bytes to send before hanging up, or a status."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked[self.path] += 1
+            fault = faults.get(self.path, {}).get(asked[self.path], faults.get(self.path, {}).get("always"))
+            data = (folder / self.path[1:]).read_bytes()
+            self.send_response(fault[1] if fault and fault[0] == "status" else 200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[: fault[1]] if fault else data)
+            if fault and fault[0] == "stall":
+                stalled.wait(5)
+
+        def log_message(self, *_):
+            pass
+
+    faults, asked, stalled = {}, Counter(), threading.Event()
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    running.faults, running.asked = faults, asked
+    running.url = f"http://127.0.0.1:{running.server_port}"
+    yield running
+    stalled.set()
+    running.shutdown()
+    running.server_close()
+
+
+KEYS = [f"{s}{i}" for s in range(3) for i in range(9)]
+
+
+@pytest.mark.parametrize("kind", ["drop", "stall"])
+def test_a_connection_that_breaks_is_taken_up_behind_the_last_sample(server, kind):
+    source = open_source(f"{server.url}/{{0..2}}.tar")
+    server.asked.clear()
+    server.faults["/1.tar"] = {1: (kind, 9_000), 2: (kind, 14_000)}
+    assert [raw.key for raw in everything(source)] == KEYS
+    assert source.report == {"samples": 27} and server.asked == {"/0.tar": 1, "/1.tar": 3, "/2.tar": 1}
+
+
+@pytest.mark.parametrize("fault", [("status", 503), ("drop", 9_000)])
+def test_a_shard_that_stays_away_is_left_out_and_named(server, fault, caplog):
+    source = open_source(f"{server.url}/{{0..2}}.tar")
+    server.asked.clear()
+    server.faults["/1.tar"] = {"always": fault}
+    with caplog.at_level(logging.WARNING):
+        keys = [raw.key for raw in everything(source)]
+    assert [key for key in keys if key[0] != "1"] == KEYS[:9] + KEYS[18:] and len(keys) < 27
+    assert source.report["broken shard"] == 1 and server.asked["/1.tar"] == 3
+    assert f"{server.url}/1.tar is left out behind its first" in caplog.text
+
+
+def test_a_file_that_vanished_is_left_out(folder):
+    source = open_source(str(folder))
+    (folder / "1.tar").unlink()
+    assert [raw.key for raw in everything(source)] == KEYS[:9] + KEYS[18:]
+    assert source.report["broken shard"] == 1
+
+
+def test_shards_on_s3(folder, monkeypatch):
+    boto3 = pytest.importorskip("boto3", reason="boto3 is not installed")
+    moto = pytest.importorskip("moto.server", reason="moto is not installed")
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    running = moto.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    running.start()
+    try:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{running.get_host_and_port()[1]}")
+        shards._s3.cache_clear()
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="pictures")
+        for s in range(3):
+            client.upload_file(str(folder / f"{s}.tar"), "pictures", f"train/{s}.tar")
+        source = open_source("s3://pictures/train/{0..2}.tar")
+        assert [raw.key for raw in everything(source)] == KEYS and source.report == {"samples": 27}
+        client.delete_object(Bucket="pictures", Key="train/1.tar")
+        assert len(everything(source)) == 18 and source.report["broken shard"] == 1
+    finally:
+        running.stop()
+        shards._s3.cache_clear()

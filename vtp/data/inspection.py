@@ -1,0 +1,137 @@
+"""What a source holds: counts, sizes, captions, duplicates, broken samples by reason, and a contact sheet."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from vtp.config import ConfigError
+from vtp.data.decode import BadImage, decode
+from vtp.data.sources import Raw, Source, left_out
+from vtp.images import center_crop
+
+COLUMNS, ROWS, TILE, LINE, GAP = 8, 5, 160, 18, 8  # of the contact sheet; pixels
+GROUND = "#f4f4f4"
+NAMED = 20  # broken and repeated samples that are named
+
+
+def inspect(
+    source: Source, limit: int | None = None, progress: Callable[[int], None] = lambda n: None
+) -> tuple[dict[str, Any], Image.Image]:
+    """Read a source once and decode every picture.
+
+    Args:
+        limit: samples at most; spread over the source where it has random access.
+        progress: told how many samples were read.
+
+    Returns:
+        JSON values, and the contact sheet: pictures spread over those read, each with its first caption.
+
+    Raises:
+        ConfigError: no picture can be read.
+    """
+    source.report.clear()
+    sizes: list[tuple[int, int]] = []
+    lengths: list[int] = []
+    captions_each: Counter[int] = Counter()
+    labels: dict[str, Counter[int]] = {label: Counter() for label in source.classes}
+    broken: list[dict[str, str]] = []
+    keys: dict[bytes, str] = {}
+    repeated: list[dict[str, str]] = []
+    repeats = size_in_bytes = 0
+    shown: list[tuple[Image.Image, str]] = []
+    every = 1  # a picture of every so many is kept; doubled whenever the sheet is full twice over
+    for n, raw in enumerate(islice(_spread(source, limit), limit), start=1):
+        progress(n)
+        try:
+            pixels = decode(raw.image) if isinstance(raw.image, bytes) else raw.image
+        except BadImage as error:
+            source.report[error.reason] += 1
+            if len(broken) < NAMED:
+                broken.append({"key": raw.key, "reason": str(error)})
+            continue
+        data = raw.image if isinstance(raw.image, bytes) else raw.image.tobytes()
+        size_in_bytes += len(data)
+        first = keys.setdefault(hashlib.blake2b(data, digest_size=16).digest(), raw.key)
+        if first != raw.key:
+            repeats += 1
+            if len(repeated) < NAMED:
+                repeated.append({"key": raw.key, "same_as": first})
+        sizes.append((pixels.shape[1], pixels.shape[0]))
+        captions_each[len(raw.captions)] += 1
+        lengths += [len(caption.split()) for caption in raw.captions]
+        for label, value in raw.labels.items():
+            if label in labels:
+                labels[label][value] += 1
+        if (len(sizes) - 1) % every == 0:
+            shown.append((center_crop(Image.fromarray(pixels), TILE), raw.captions[0] if raw.captions else raw.key))
+            if len(shown) == 2 * COLUMNS * ROWS:
+                shown, every = shown[::2], every * 2
+    if not sizes:
+        raise ConfigError(f"{source.name}: no picture can be read ({dict(left_out(source.report))})")
+    width, height = np.array(sizes).T
+    summary = {
+        "data": source.name,
+        "samples": source.report["samples"],
+        "usable": len(sizes),
+        "whole": limit is None or source.report["samples"] < limit,
+        "left_out": dict(left_out(source.report).most_common()),
+        "broken": broken,
+        "repeated": repeats,
+        "repeats": repeated,
+        "mean_kilobytes": round(size_in_bytes / len(sizes) / 1e3, 1),
+        "width": _quantiles(width),
+        "height": _quantiles(height),
+        "aspect": _quantiles(width / height),
+        "commonest_sizes": {f"{w} x {h}": n for (w, h), n in Counter(sizes).most_common(5)},
+        "captions_a_picture": dict(sorted(captions_each.items())),
+        "words_a_caption": _quantiles(np.array(lengths)) if lengths else None,
+        "labels": {
+            label: {
+                "classes": len(source.classes[label]),
+                "commonest": {source.classes[label][i]: n for i, n in found.most_common(5)},
+            }
+            for label, found in labels.items()
+        },
+    }
+    step = max(1, len(shown) // (COLUMNS * ROWS))
+    return summary, contact_sheet(shown[::step][: COLUMNS * ROWS])
+
+
+def _spread(source: Source, limit: int | None) -> Iterator[Raw]:
+    """Samples in order, or of a part of the shards at even distances where that gives enough."""
+    shards = source.shards
+    if limit is not None and source.random_access and limit < len(shards):
+        shards = [shards[i * len(shards) // limit] for i in range(limit)]
+    for shard in shards:
+        yield from source.read(shard)
+
+
+def _quantiles(values: np.ndarray) -> dict[str, float]:
+    names = {"min": 0, "5%": 5, "median": 50, "95%": 95, "max": 100}
+    return {name: round(float(np.percentile(values, q)), 2) for name, q in names.items()}
+
+
+def contact_sheet(pictures: list[tuple[Image.Image, str]]) -> Image.Image:
+    """Square pictures with a line of text under each."""
+    columns = min(COLUMNS, len(pictures))
+    rows = -(-len(pictures) // columns)
+    step = TILE + GAP
+    sheet = Image.new("RGB", (GAP + columns * step, GAP + rows * (step + LINE)), GROUND)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for i, (picture, text) in enumerate(pictures):
+        x, y = GAP + i % columns * step, GAP + i // columns * (step + LINE)
+        sheet.paste(picture, (x, y))
+        text = " ".join(text.split())[:80]
+        if draw.textlength(text, font) > TILE:
+            while draw.textlength(text + "…", font) > TILE:
+                text = text[:-1]
+            text += "…"
+        draw.text((x, y + TILE + 2), text, "black", font)
+    return sheet

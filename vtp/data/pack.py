@@ -1,0 +1,158 @@
+"""Any source -> tar shards of equal counts, each written by one process, with checksums; an interrupted run goes on."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vtp.config import ConfigError
+from vtp.data.decode import BadImage, decode
+from vtp.data.sources import Raw, Source, left_out, open_source
+from vtp.files import file_sha256
+
+PLAN, SUMS = "pack.json", "SHA256SUMS"
+_SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+
+
+def pack(
+    data: str,
+    out: Path,
+    *,
+    annotations: str | None = None,
+    shard_size: int = 1_000,
+    limit: int | None = None,
+    workers: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Write OUT/00000.tar, ..., classes.json where there are classes, and SHA256SUMS (`sha256sum -c` reads it).
+
+    Files are copied as they are; pictures that cannot be decoded are left out. Sources with random access are shuffled,
+    others keep their order. A shard is renamed to its name when it is whole, so the same command goes on.
+
+    Args:
+        shard_size: samples a shard at most.
+        limit: samples at most.
+        workers: processes.
+        progress: told how many shards of how many are written.
+
+    Returns:
+        {"shards", "samples", "left_out": {reason: count}}.
+
+    Raises:
+        ConfigError: no such data, or `out` holds something else.
+    """
+    source = open_source(data, annotations)
+    out.mkdir(parents=True, exist_ok=True)
+    plan: dict[str, Any] = {"data": data, "annotations": annotations, "shard_size": shard_size, "limit": limit}
+    file = out / PLAN
+    if file.is_file():
+        saved = json.loads(file.read_text())
+        if {key: saved[key] for key in plan} != plan:
+            raise ConfigError(f"{out} holds shards of another pack ({saved}); choose another --out or delete it")
+        plan = saved
+    elif any(out.glob("*.tar")):
+        raise ConfigError(f"{out} holds shards already; choose another --out")
+    else:
+        plan["counts"] = None if source.random_access else [sum(1 for _ in source.read(s)) for s in source.shards]
+        _write(file, json.dumps(plan))
+    available = len(source.shards) if plan["counts"] is None else sum(plan["counts"])
+    total = available if limit is None else min(limit, available)
+    if total == 0:
+        raise ConfigError(f"{data} holds no picture")
+    shards = -(-total // shard_size)
+    bounds = [total * i // shards for i in range(shards + 1)]
+    jobs = [i for i in range(shards) if not (out / f"{i:05d}.json").is_file()]
+    progress(shards - len(jobs), shards)
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        work = [pool.submit(_shard, data, annotations, out, i, bounds[i], bounds[i + 1], plan["counts"]) for i in jobs]
+        for done, future in enumerate(as_completed(work), start=1 + shards - len(jobs)):
+            future.result()
+            progress(done, shards)
+    reports = [json.loads((out / f"{i:05d}.json").read_text()) for i in range(shards)]
+    _write(out / SUMS, "".join(f"{report['sha256']}  {i:05d}.tar\n" for i, report in enumerate(reports)))
+    if "class" in source.classes:
+        listed = [{"wnid": str(i), "names": [name]} for i, name in enumerate(source.classes["class"])]
+        _write(out / "classes.json", json.dumps(listed, indent=1))
+    missing = sum((Counter(report["left_out"]) for report in reports), Counter())
+    return {"shards": shards, "samples": sum(r["samples"] for r in reports), "left_out": dict(missing)}
+
+
+def _write(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text)
+    partial.rename(file)
+
+
+def _shard(
+    data: str, annotations: str | None, out: Path, number: int, first: int, last: int, counts: list[int] | None
+) -> None:
+    """Write samples `first` to `last` of the source as one shard."""
+    source = open_source(data, annotations)
+    source.report.clear()
+    partial, written = out / f".{number:05d}.tar.partial", 0
+    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for i, raw in _slice(source, first, last, counts):
+            try:
+                suffix, picture = _file(raw)
+            except BadImage as error:
+                source.report[error.reason] += 1
+                continue
+            about: dict[str, Any] = {"key": raw.key, "captions": raw.captions}
+            about |= {label: source.classes[label][n] for label, n in raw.labels.items() if label in source.classes}
+            members = {suffix: picture, "json": json.dumps(about, ensure_ascii=False).encode()}
+            if "class" in raw.labels and "class" in source.classes:
+                members["cls"] = str(raw.labels["class"]).encode()
+            for ending, content in members.items():
+                info = tarfile.TarInfo(f"{i:09d}.{ending}")  # of no time and no owner: the same data, the same bytes
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+            written += 1
+    final = out / f"{number:05d}.tar"
+    partial.rename(final)
+    report = {"samples": written, "sha256": file_sha256(final), "left_out": left_out(source.report)}
+    _write(out / f"{number:05d}.json", json.dumps(report))
+
+
+def _slice(source: Source, first: int, last: int, counts: list[int] | None) -> Iterator[tuple[int, Raw]]:
+    if counts is None:
+        order = np.random.default_rng(0).permutation(len(source.shards))
+        for i in range(first, last):
+            yield from ((i, raw) for raw in source.read(source.shards[int(order[i])]))
+        return
+    start = 0
+    for shard, n in zip(source.shards, counts, strict=True):
+        begin, end = max(first - start, 0), min(last - start, n)
+        if begin < end:
+            before = source.report.copy()
+            for j, raw in enumerate(islice(source.read(shard), end)):
+                if j >= begin:
+                    yield start + j, raw
+                elif j == begin - 1:
+                    source.report.clear()
+                    source.report.update(before)  # what lies before belongs to other shards
+        start += n
+
+
+def _file(raw: Raw) -> tuple[str, bytes]:
+    """A picture's suffix and bytes: its own where shards may hold its format, else PNG."""
+    if isinstance(raw.image, bytes):
+        pixels = decode(raw.image)
+        kind = Image.open(io.BytesIO(raw.image)).format or ""
+        if kind in _SUFFIX:
+            return _SUFFIX[kind], raw.image
+    else:
+        pixels = raw.image
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return "png", buffer.getvalue()

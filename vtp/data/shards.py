@@ -1,0 +1,172 @@
+"""Tar shards, near and far: which ones a DATA string names, and their samples as webdataset groups them.
+
+A shard that cannot be read to its end is opened again and read on behind the last sample it gave; after the last try
+the rest of it is left out and counted.
+"""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import re
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import lru_cache
+from http.client import HTTPException
+from typing import Any
+from urllib.request import Request, urlopen
+
+from vtp.config import ConfigError
+
+REMOTE = re.compile(r"^(pipe|https?|s3|gs|hf|ais|ftps|sftp|scp|file):")
+RETRY_AFTER = (1.0, 5.0, 25.0)  # seconds before each new try
+TIMEOUT = 60.0  # seconds without a byte from a server
+log = logging.getLogger(__name__)
+
+
+def expand(data: str) -> list[str]:
+    """Shards that a string of braces, globs and schemes stands for, in order.
+
+    Raises:
+        ConfigError: a local shard that is not there.
+    """
+    from webdataset.shardlists import expand_urls
+
+    shards: list[str] = []
+    for url in expand_urls(data):
+        if REMOTE.match(url):
+            shards.append(url)
+            continue
+        local = os.path.expanduser(url)
+        found = sorted(glob.glob(local)) if glob.has_magic(local) and not os.path.exists(local) else [local]
+        if not found or not os.path.isfile(found[0]):
+            raise ConfigError(
+                f"no data at {data}"
+                + (f" ({local} is missing)" if local != data else "")
+                + "; give a folder, tar shards such as 'path/{000..099}.tar', hf:NAME, or scenes"
+            )
+        shards += found
+    if not REMOTE.match(shards[0]) and not any(tarfile.is_tarfile(s) for s in shards if os.path.getsize(s)):
+        raise ConfigError(f"{shards[0]} is not a tar shard; data is a folder, tar shards, hf:NAME, or scenes")
+    return shards
+
+
+def unsafe(name: str) -> bool:
+    """Whether a name leads out of its folder or shard."""
+    return ".." in name.split("/")
+
+
+def members(shard: str, report: Counter[str]) -> Iterator[dict[str, Any]]:
+    """Samples of a tar, {"__key__", suffix: bytes}; what is left out is counted.
+
+    Of a name or a key that comes again the first one counts. A connection that breaks is tried again after
+    `RETRY_AFTER`, as is a file that cannot be opened; a local file that is cut short is not.
+    """
+    given = 0
+    for pause in (*RETRY_AFTER, None):
+        counted: Counter[str] = Counter()
+        try:
+            for i, sample in enumerate(_samples(shard, counted)):
+                if i >= given:
+                    given += 1
+                    yield sample
+            report.update(counted)
+            return
+        except (tarfile.TarError, OSError, EOFError, HTTPException) as error:
+            if pause is None or (isinstance(error, tarfile.TarError) and not REMOTE.match(shard)):
+                log.warning("%s is left out behind its first %d samples: %s", shard, given, error)
+                report.update(counted)
+                report["broken shard"] += 1
+                return
+            time.sleep(pause)
+
+
+def _samples(shard: str, report: Counter[str]) -> Iterator[dict[str, Any]]:
+    from webdataset.tariterators import group_by_keys, tar_file_iterator
+
+    def safe(name: str) -> bool:
+        if unsafe(name):
+            report["unsafe name"] += 1
+        return not unsafe(name)
+
+    def duplicate(error: Exception) -> bool:
+        if not isinstance(error, ValueError):  # anything but a file name that is there twice
+            raise error
+        report["duplicate file"] += 1
+        return True
+
+    keys: set[str] = set()
+    with _open(shard) as stream:
+        tail = _Tail(stream)
+        files = ({**file, "__url__": shard} for file in tar_file_iterator(tail, select_files=safe))
+        for sample in group_by_keys(files, handler=duplicate):
+            if sample["__key__"] in keys:
+                report["duplicate key"] += 1
+            else:
+                keys.add(sample["__key__"])
+                yield sample
+    if tail.last.strip(b"\0"):
+        raise tarfile.ReadError("no end mark")
+
+
+def _open(shard: str) -> Any:
+    """A stream of a shard's bytes. webdataset's reader of https cannot time out, and it has none of s3."""
+    if shard.startswith(("http://", "https://")):
+        return urlopen(Request(shard, headers={"User-Agent": "vtp"}), timeout=TIMEOUT)
+    if shard.startswith("s3://"):
+        bucket, _, key = shard.removeprefix("s3://").partition("/")
+        client = _s3(os.getpid())
+        try:
+            return _Closing(client.get_object(Bucket=bucket, Key=key)["Body"])
+        except client.exceptions.ClientError as error:
+            raise OSError(f"{error}") from None
+    from webdataset.gopen import gopen
+
+    return gopen(shard)
+
+
+@lru_cache(maxsize=1)
+def _s3(process: int) -> Any:
+    """One client a process: it must not be shared over a fork."""
+    try:
+        import boto3
+        from botocore.config import Config
+    except ImportError:
+        raise ConfigError("reading s3:// needs boto3; pip install 'vtp[s3]'") from None
+    return boto3.client("s3", config=Config(connect_timeout=TIMEOUT, read_timeout=TIMEOUT))
+
+
+class _Closing:
+    """boto3's stream as a context; its errors as OSError."""
+
+    def __init__(self, body: Any) -> None:
+        self._body = body
+
+    def read(self, n: int = -1) -> bytes:
+        from botocore.exceptions import BotoCoreError, HTTPClientError
+
+        try:
+            return self._body.read(n)
+        except (BotoCoreError, HTTPClientError) as error:
+            raise OSError(f"{error}") from None
+
+    def __enter__(self) -> _Closing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._body.close()
+
+
+class _Tail:
+    """A stream that remembers its last block: tarfile takes a shard cut within a header for a whole one."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self.last = stream, b""
+
+    def read(self, n: int = -1) -> bytes:
+        data = self._stream.read(n)
+        self.last = data[-512:] or self.last
+        return data

@@ -1,0 +1,93 @@
+"""`vtp data inspect`: what a source holds, in the terminal, as JSON, as a picture and as one page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vtp.data.inspection import inspect
+from vtp.data.sources import open_source
+from vtp.report.markup import self_contained
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def write_inspection(data: str, annotations: str | None, limit: int | None, out: Path) -> dict[str, Any]:
+    """Read `data` once; write OUT/inspect.json, OUT/contact_sheet.png and OUT/inspect.html.
+
+    Raises:
+        ConfigError: no such data, or no picture in it can be read.
+    """
+    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from vtp.engine.logging import console
+
+    source = open_source(data, annotations)
+    total = limit or (len(source.shards) if source.random_access else None)
+    columns = (SpinnerColumn(), TextColumn(data, markup=False), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=total)
+        summary, sheet = inspect(source, limit, lambda n: bar.update(task, completed=n))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "inspect.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    sheet.save(out / "contact_sheet.png", optimize=True)
+    picture = io.BytesIO()
+    sheet.save(picture, "JPEG", quality=88)
+    (out / "inspect.html").write_text(_page(summary, picture.getvalue()), encoding="utf-8")
+    return summary
+
+
+def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the terminal and the page show: (name, text)."""
+
+    def spread(values: dict[str, float] | None) -> str:
+        return "none" if values is None else "  ".join(f"{name} {value:g}" for name, value in values.items())
+
+    def listed(counts: dict[Any, int]) -> str:
+        return ", ".join(f"{name}: {n:,}" for name, n in counts.items())
+
+    found = [
+        ("samples read", f"{summary['samples']:,}" + ("" if summary["whole"] else " (a part)")),
+        ("usable pictures", f"{summary['usable']:,}, {summary['mean_kilobytes']:,} kB on average"),
+        ("left out or mended", listed(summary["left_out"]) or "none"),
+        ("same bytes as another", f"{summary['repeated']:,}"),
+        ("width", spread(summary["width"])),
+        ("height", spread(summary["height"])),
+        ("width / height", spread(summary["aspect"])),
+        ("commonest sizes", listed(summary["commonest_sizes"])),
+        ("captions a picture", listed({f"{k} captions": n for k, n in summary["captions_a_picture"].items()})),
+        ("words a caption", spread(summary["words_a_caption"])),
+    ]
+    for label, about in summary["labels"].items():
+        found.append((f"label {label}", f"{about['classes']:,} classes; {listed(about['commonest'])}"))
+    found += [(f"broken: {b['key']}", b["reason"]) for b in summary["broken"]]
+    found += [(f"repeated: {r['key']}", f"same bytes as {r['same_as']}") for r in summary["repeats"]]
+    return found
+
+
+def table(summary: dict[str, Any]) -> Table:
+    """The inspection for the terminal: `rich.print(table(summary))`."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    shown = Table("", escape(summary["data"]), show_lines=False)
+    for name, text in rows(summary):
+        shown.add_row(escape(name), escape(text))
+    return shown
+
+
+def _page(summary: dict[str, Any], sheet: bytes) -> str:
+    body = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows(summary))
+    data = base64.b64encode(sheet).decode()
+    return self_contained(
+        f"Data: {summary['data']}",
+        f"<header><h1>{escape(summary['data'])}</h1></header>"
+        f'<div class="scroll"><table class="figures"><tbody>{body}</tbody></table></div><h2>Pictures</h2>'
+        f'<div class="scroll"><img alt="contact sheet" src="data:image/jpeg;base64,{data}"></div>'
+        f"<details><summary>inspect.json</summary><pre>{escape(json.dumps(summary, indent=2))}</pre></details>",
+    )

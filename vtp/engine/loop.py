@@ -15,12 +15,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+import torch.distributed as td
 from torch import Tensor
 
 from vtp import config, dist
 from vtp.config import ConfigError
 from vtp.engine import checkpoint
-from vtp.engine.logging import MetricsLog, console, environment, progress_bar
+from vtp.engine.logging import MetricsLog, environment, progress_bar, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,7 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
         progress = checkpoint.load(found[-1], learner.tensors())
         batches.load_state_dict(progress["batches"])
         done, seconds = progress["step"], progress["seconds"]
-        console.print(f"resumed {found[-1]}")
+        say(f"resumed {found[-1]}")
     log = MetricsLog(out, done, loop.tensorboard)
     window: list[Mapping[str, Tensor | float]] = []
     started = window_started = time.perf_counter()
@@ -134,7 +135,8 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
         for step in range(done, steps):
             reseed(seed, dist.rank(), step)
             window.append(learner.step(next(stream), step))
-            last = step + 1 == steps or stop.signal is not None
+            stop.agree()
+            last = step + 1 == steps or stop.agreed is not None
             saving = last or (step + 1) % loop.save_every == 0
             if saving or (step + 1) % loop.log_every == 0:
                 values = _mean(window)
@@ -149,12 +151,12 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
             bar.update(task, completed=step + 1)
             if saving:
                 save(step + 1)
-            if stop.signal is not None:
+            if stop.agreed is not None:
                 break
     log.close()
-    if stop.signal is not None and step + 1 < steps:
-        console.print(f"stopped at step {step + 1} of {steps}; the same command goes on from there")
-        raise SystemExit(0 if stop.signal == signal.SIGTERM else 130)
+    if stop.agreed is not None and step + 1 < steps:
+        say(f"stopped at step {step + 1} of {steps}; the same command goes on from there")
+        raise SystemExit(0 if stop.agreed == signal.SIGTERM else 130)
 
 
 def reseed(seed: int, rank: int, step: int) -> None:
@@ -166,8 +168,12 @@ def reseed(seed: int, rank: int, step: int) -> None:
 
 
 def _mean(window: list[Mapping[str, Tensor | float]]) -> dict[str, float]:
-    """Mean of each value over the window; the only place where the loop waits for the device."""
-    return {name: float(sum(values[name] for values in window)) / len(window) for name in window[0]}
+    """Mean of each value over the window and the ranks; the only place where the loop waits for the device."""
+    means = {name: float(sum(values[name] for values in window)) / len(window) for name in window[0]}
+    if dist.world_size() > 1:
+        total = dist.sum_(torch.tensor(list(means.values()), dtype=torch.float64)) / dist.world_size()
+        means = dict(zip(means, total.tolist(), strict=True))
+    return means
 
 
 def _check_finite(values: dict[str, float], first: int, last: int, folder: Path) -> None:
@@ -182,10 +188,16 @@ def _check_finite(values: dict[str, float], first: int, last: int, folder: Path)
 
 
 class _Stop:
-    """Catches SIGINT and SIGTERM, so that the step under way is finished and saved; a second one interrupts."""
+    """Catches SIGINT and SIGTERM, so that the step under way is finished and saved; a second Ctrl-C interrupts.
+
+    Ranks agree on the step: each asks at every step, and reads the answer a step later, so that no step waits for it.
+    """
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self.signal: int | None = None  # what this rank has caught
+        self.agreed: int | None = None  # what all ranks know that one has caught
+        self._caught_at = 0.0
+        self._asked: tuple[Tensor, Any] | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Stop:
@@ -194,10 +206,26 @@ class _Stop:
         return self
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._caught_at = number, now
+        elif number == signal.SIGINT and now - self._caught_at > 1:  # torchrun passes on what a terminal sent as well
             raise KeyboardInterrupt
-        self.signal = number
 
-    def __exit__(self, *_: object) -> None:
+    def agree(self) -> None:
+        """Set `agreed`; every rank calls this once a step."""
+        if dist.world_size() == 1:
+            self.agreed = self.signal
+            return
+        if self._asked is not None:
+            answer, work = self._asked
+            work.wait()
+            self.agreed = int(answer) or None
+        answer = torch.tensor(self.signal or 0)
+        self._asked = answer, td.all_reduce(answer, td.ReduceOp.MAX, async_op=True)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._asked is not None and kind is None:
+            self._asked[1].wait()
         for number, handler in self._before.items():
             signal.signal(number, handler)

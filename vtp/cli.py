@@ -20,11 +20,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers fork after the tokenizer was used
     from vtp.config import ConfigError
+    from vtp.engine.checkpoint import CheckpointError
     from vtp.engine.loop import NonFiniteError
 
     try:
         args.run(args)
-    except (ConfigError, FileNotFoundError, NonFiniteError) as error:
+    except (ConfigError, FileNotFoundError, NonFiniteError, CheckpointError) as error:
         rank = os.environ.get("RANK", "0")
         print(f"vtp{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -25,9 +25,7 @@ class ParallelConfig:
     """How the model is laid over time and ranks. None of it changes what is learned, beyond rounding."""
 
     shard: bool = False  # several ranks: parameters, gradients and moments split (FSDP2) instead of copied (DDP)
-    recompute: bool = (
-        False  # blocks compute their activations again in the backward pass: less memory, a third more time
-    )
+    recompute: bool = False  # activations computed again in the backward pass: less memory, a third more time
     compile: bool = False  # torch.compile, block by block
 
 

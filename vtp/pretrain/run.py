@@ -21,7 +21,7 @@ from vtp.tokenizers import get_tokenizer
 
 ORCHESTRATION = (
     *("workers", "device", "parallel.shard", "parallel.recompute", "parallel.compile"),
-    *("loop.log_every", "loop.save_every", "loop.keep", "loop.tensorboard"),
+    *("loop.log_every", "loop.save_every", "loop.keep", "loop.keep_every", "loop.max_skipped", "loop.tensorboard"),
 )
 
 

@@ -22,12 +22,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.run is not publish:  # an upload is worth a bar; opening a file of our own is not
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from vtp.config import ConfigError
+    from vtp.engine.checkpoint import CheckpointError
     from vtp.engine.loop import NonFiniteError
 
     try:
         args.run(args)
-    except (ConfigError, FileNotFoundError, NonFiniteError) as error:
-        print(f"vtp: {error}", file=sys.stderr)
+    except (ConfigError, FileNotFoundError, NonFiniteError, CheckpointError) as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"vtp{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("vtp: interrupted", file=sys.stderr)
@@ -241,25 +243,29 @@ def _resolve(args: argparse.Namespace, recipe: Callable[[str], Any], default: Ca
 
 def pretrain(args: argparse.Namespace) -> None:
     """vtp pretrain"""
+    from vtp import dist
     from vtp.pretrain.config import PretrainConfig
     from vtp.recipes import pretrain_recipe
 
-    cfg = _resolve(args, pretrain_recipe, PretrainConfig)
-    if not args.dry_run:
-        from vtp.pretrain.run import pretrain
+    with dist.group():
+        cfg = _resolve(args, pretrain_recipe, PretrainConfig)
+        if not args.dry_run:
+            from vtp.pretrain.run import pretrain
 
-        pretrain(cfg)
+            pretrain(cfg)
 
 
 def train_dit(args: argparse.Namespace) -> None:
     """vtp train-dit"""
+    from vtp import dist
     from vtp.generation.config import DiTTrainConfig
     from vtp.generation.run import train_dit as run
     from vtp.recipes import dit_recipe
 
-    cfg = _resolve(args, dit_recipe, DiTTrainConfig)
-    if not args.dry_run:
-        run(cfg)
+    with dist.group():
+        cfg = _resolve(args, dit_recipe, DiTTrainConfig)
+        if not args.dry_run:
+            run(cfg)
 
 
 def quickstart(args: argparse.Namespace) -> None:

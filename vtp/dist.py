@@ -1,12 +1,32 @@
-"""Who am I among the ranks, and the two collectives the mathematics needs. On one process each is the identity."""
+"""Who am I among the ranks, and the few collectives the mathematics needs. On one process each is the identity."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as td
 from torch import Tensor
+
+
+@contextmanager
+def group() -> Iterator[None]:
+    """The process group of torchrun's processes while the block runs; nothing to do for a process of its own.
+
+    CPU tensors travel by gloo, CUDA tensors by NCCL, each rank on the GPU of its local rank.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or is_distributed():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    td.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        td.destroy_process_group()
 
 
 def is_distributed() -> bool:

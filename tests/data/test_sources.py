@@ -355,3 +355,13 @@ def test_what_img2dataset_writes(tmp_path):
     source = open_source(str(tmp_path))
     raws = everything(source)
     assert len(raws) == 6 and raws[0].captions == ("from txt",) and source.report == {"samples": 6}
+
+
+def test_a_folder_of_splits_is_no_folder_of_classes(tmp_path):
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / split / name / "0.png")
+    with pytest.raises(ConfigError, match="holds splits, not classes; name one of them, as in .*test"):
+        open_source(str(tmp_path))
+    assert open_source(str(tmp_path / "train")).classes == {"class": ("cat", "dog")}

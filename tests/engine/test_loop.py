@@ -1,9 +1,10 @@
 """The loop with a learner of two numbers: resume, faults, records."""
 
 import json
+import math
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ class Line:
 
     images_per_step = 3
 
-    def __init__(self, poison_at=None, kill_at=None):
+    def __init__(self, poison_at=(), kill_at=None):
         torch.manual_seed(7)
         self.model = torch.nn.Linear(4, 4)
         self.optimizer = adamw(self.model.named_parameters(), OptimConfig())
@@ -55,7 +56,7 @@ class Line:
         self.seen.append(float(batch))
         set_schedule(self.optimizer, OptimConfig(), step, 20)
         loss = (self.model(torch.randn(3, 4)) - batch / 10).square().mean()
-        if step == self.poison_at:
+        if step in self.poison_at:
             loss = loss * float("nan")
         loss.backward()
         norm = update(self.optimizer, list(self.model.parameters()), 1.0)
@@ -104,14 +105,54 @@ def test_another_seed_is_another_run(tmp_path):
     assert not torch.equal(a.model.weight, b.model.weight)
 
 
-def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
-    with pytest.raises(NonFiniteError, match="total, grad_norm not finite between steps 6 and 8.*step_0000005"):
-        train(Line(poison_at=6), Counting(), 20, 0, LOOP, tmp_path, "t")
+def test_one_nan_is_skipped_and_counted(tmp_path):
+    """The step leaves no trace: not in the weights, not in the moments, not in the means of the record."""
+    learner = Line(poison_at=[6])
+    train(learner, Counting(), 7, 0, LOOP, tmp_path, "t")
+    clean = Line()
+    train(clean, Counting(), 6, 0, LOOP, tmp_path / "clean", "t")
+    assert torch.equal(learner.model.weight, clean.model.weight)
+    for p, q in zip(learner.model.parameters(), clean.model.parameters(), strict=True):
+        for name, moment in learner.optimizer.state[p].items():
+            assert torch.equal(moment, clean.optimizer.state[q][name])
+    train(learner, Counting(), 10, 0, LOOP, tmp_path, "t")
+    assert [line["skipped"] for line in lines(tmp_path)] == [0, 0, 0, 0, 1, 1, 1]
+    assert all(math.isfinite(line["total"]) for line in lines(tmp_path) if line["step"] != 7)
+
+
+def test_many_nans_stop_the_run_and_keep_the_last_good_checkpoint(tmp_path):
+    with pytest.raises(NonFiniteError, match="total, grad_norm not finite in 3 steps in a row.*step_0000005"):
+        train(Line(poison_at=range(6, 20)), Counting(), 20, 0, replace(LOOP, max_skipped=2), tmp_path, "t")
     kept = checkpoint.complete(tmp_path / "checkpoints")
     assert [path.name for path in kept] == ["step_0000005"]
     learner = Line()
     checkpoint.load(kept[-1], learner.tensors())
     assert learner.model.weight.isfinite().all()
+
+
+def test_every_kth_checkpoint_stays(tmp_path):
+    train(Line(), Counting(), 20, 0, replace(LOOP, save_every=2, keep=1, keep_every=8), tmp_path, "t")
+    names = [path.name for path in checkpoint.complete(tmp_path / "checkpoints")]
+    assert names == ["step_0000008", "step_0000016", "step_0000020"]
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path, capsys):
+    train(Line(), Counting(), 10, 0, LOOP, tmp_path, "t")
+    straight = science(tmp_path)
+    newest = tmp_path / "checkpoints/step_0000010"
+    shard = next(newest.glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1  # one bit
+    shard.write_bytes(content)
+    again = Line()
+    train(again, Counting(), 10, 0, LOOP, tmp_path, "t")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "is damaged" in said and "has changed" in said and "resumed" in said
+    assert again.seen == [5.0, 6.0, 7.0, 8.0, 9.0] and science(tmp_path) == straight
+    for path in checkpoint.complete(tmp_path / "checkpoints"):
+        (path / "progress.json").write_text("{}")
+    with pytest.raises(checkpoint.CheckpointError, match="all checkpoints in .* are damaged"):
+        train(Line(), Counting(), 10, 0, LOOP, tmp_path, "t")
 
 
 def test_a_finished_run_does_nothing_more(tmp_path):

@@ -27,7 +27,7 @@ def test_result_file(tmp_path):
 
 
 def test_a_figure_that_is_no_number_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="psnr is nan"):
+    with pytest.raises(ConfigError, match="psnr is nan"):
         write_result(
             tmp_path / "r.json", task="t", metrics={"psnr": float("nan")}, protocol={}, weights=None, data_sha256=""
         )

@@ -195,6 +195,41 @@ def test_what_was_left_out_is_in_the_protocol(tokenizer, tmp_path):
     assert "left_out" not in reconstruction(tokenizer, "scenes:test", cfg=SMALL)["protocol"]
 
 
-def test_batches_hold_something():
-    with pytest.raises(ConfigError, match="batch_size must be at least 1, not 0"):
-        EvalConfig(batch_size=0)
+@pytest.mark.parametrize("name", ["batch_size", "limit", "size"])
+def test_sizes_that_hold_nothing_are_refused(name):
+    with pytest.raises(ConfigError, match=f"{name} must be at least 1, not 0"):
+        EvalConfig(**{name: 0})
+
+
+def test_the_same_data_by_another_name_is_found_out(tokenizer, tmp_path):
+    folder = tmp_path / "set"
+    for i in range(8):
+        (folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (30 * i, 0, 0)).save(folder / "ab"[i % 2] / f"{i}.png")
+    with pytest.raises(ConfigError, match="every picture of .* as well"):
+        probe("knn", tokenizer, str(folder), f"{folder}/", cfg=SMALL)
+    other = tmp_path / "other"
+    for name in "ab":
+        (other / name).mkdir(parents=True)
+        Image.new("RGB", (20, 20), (0, 99, ord(name))).save(other / name / "new.png")
+        Image.new("RGB", (20, 20), (30 * "ab".index(name), 0, 0)).save(other / name / "old.png")
+    result = probe("knn", tokenizer, str(folder), str(other), cfg=SMALL)
+    assert result["protocol"]["in_training_as_well"] == 2
+
+
+def test_a_run_folder_names_the_tokenizer_in_it(tokenizer, tmp_path):
+    (tmp_path / "tokenizer").symlink_to(tokenizer)
+    with pytest.raises(ConfigError, match=f"did you mean {tmp_path / 'tokenizer'}?"):
+        reconstruction(tmp_path, "scenes:test", cfg=SMALL)
+
+
+def test_samples_of_an_interrupted_call_are_not_taken_for_all(judge, tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "000000.png")
+    (tmp_path / "samples.json").write_text(json.dumps({"num": 2}))
+    with pytest.raises(ConfigError, match="holds 1 of the 2 pictures"):
+        generation(tmp_path, "scenes:test", extractor=f"judge:{judge}", cfg=SMALL)
+
+
+def test_at_least_one_class(tokenizer):
+    with pytest.raises(ConfigError, match="top must be at least 1"):
+        zero_shot(tokenizer, "scenes:test", label="shape", top=0, cfg=SMALL)

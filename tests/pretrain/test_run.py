@@ -160,6 +160,12 @@ def test_a_run_folder_of_another_configuration_is_refused(tiny):
         pretrain(replace(tiny, steps=3, seed=5))
 
 
+def test_a_run_that_never_began_does_not_stand_in_the_way(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        pretrain(replace(tiny, perceptual=str(tmp_path / "gone.pt2")))
+    assert pretrain(tiny).is_dir()
+
+
 def test_dry_run_prints_the_resolved_configuration_and_writes_nothing(tmp_path, capsys):
     main(["pretrain", "base_clip_ae", f"out={tmp_path / 'x'}", "batch.clip=64", "--dry-run"])
     printed = capsys.readouterr().out

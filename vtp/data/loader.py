@@ -579,6 +579,8 @@ def _kept(source: Source, label: str, top: int | None) -> list[int]:
         known = ", ".join(source.classes) if source.classes else "none; give annotations=FILE.jsonl or class folders"
         raise ConfigError(f"{source.name} has no label '{label}' (its labels: {known})")
     n = len(source.classes[label])
+    if top is not None and top < 1:
+        raise ConfigError(f"top must be at least 1, not {top}")
     if top is None or top >= n:
         return list(range(n))
     return sorted(np.argsort(-counts(source, label), kind="stable")[:top].tolist())

@@ -40,6 +40,7 @@ COLUMN_TEMPLATES = ("{}",)
 MAX_CAPTION = 2_000  # characters; far more than any text tower reads, and a page of text costs a worker its time
 # What a report counts without anything being left out.
 HARMLESS = frozenset({"samples", "caption cut", "caption not UTF-8"})
+SPLITS = frozenset(("train", "val", "valid", "validation", "test"))
 _SUFFIXES = frozenset(IMAGE_SUFFIXES)
 _WEIGHT = re.compile(r"\d+(\.\d+)?")
 
@@ -244,6 +245,8 @@ class FolderSource(_Alone):
             )
         self.shards: Sequence[int] = range(len(self.files))
         folders = sorted({f.split("/", 1)[0] for f in self.files if "/" in f}) if not listed else []
+        if folders and set(folders) <= SPLITS and all(f.count("/") > 1 for f in self.files):
+            raise ConfigError(f"{root} holds splits, not classes; name one of them, as in {root / folders[0]}")
         self._folders = Folders.named(folders, root / "classes.json")
         self.classes = ({} if self.table is None else self.table.classes) | self._folders.classes
         self.templates = _templates(self.classes)

@@ -1,68 +1,198 @@
 """Checkpoints to resume from: tensors by torch.distributed.checkpoint, the rest as JSON; written aside, then renamed.
 
-A folder `step_0001000` exists only when everything in it does. The step in the name orders them, never time or size.
+A folder `step_0001000` exists only when everything in it does, and its manifest.json has the hash of each file. The
+step in the name orders them, never time or size. Tensors have their global shape, so any number of ranks can load them.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch.distributed as td
 import torch.distributed.checkpoint as dcp
 
 from vtp import dist
+from vtp.engine.logging import console, say
+from vtp.files import file_sha256
 
-PROGRESS = "progress.json"
+PROGRESS, MANIFEST = "progress.json", "manifest.json"
 
 
-def save(folder: Path, step: int, tensors: dict[str, Any], progress: dict[str, Any], keep: int) -> Path:
-    """Write `folder/step_NNNNNNN` and delete all but the newest `keep`.
+class CheckpointError(RuntimeError):
+    """The last checkpoint of a run could not be written, or none of those that are there can be read."""
+
+
+class Checkpoints:
+    """Writes a run's checkpoints while training goes on, one at a time. Every rank must make and call it alike.
 
     Args:
-        folder: The run's checkpoints.
-        step: Steps done.
-        tensors: A nested dict whose leaves are tensors.
-        progress: JSON values: what is not a tensor (loader position, clocks).
-        keep: How many checkpoints stay.
+        folder: The run's checkpoints; what an interrupted save left in it is deleted.
+        keep: How many of the newest stay.
+        keep_every: Those at multiples of so many steps stay as well; 0: none.
     """
-    final = folder / f"step_{step:07d}"
-    partial = folder / f".{final.name}.partial"
-    if dist.is_main():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    with _quiet():
-        dcp.save(tensors, checkpoint_id=partial, no_dist=dist.world_size() == 1)
-    if dist.is_main():
-        (partial / PROGRESS).write_text(json.dumps({"step": step, **progress}))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in complete(folder)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
+
+    def __init__(self, folder: Path, keep: int, keep_every: int = 0) -> None:
+        self.folder, self.keep, self.keep_every = folder, keep, keep_every
+        if dist.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            for partial in folder.glob(".step_*.partial"):
+                shutil.rmtree(partial)
+        # Its collectives run beside those of the step, so they need a group of their own.
+        self._group = td.new_group(backend="gloo") if dist.world_size() > 1 else None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, tensors: dict[str, Any], progress: dict[str, Any]) -> None:
+        """Begin `step_NNNNNNN`; returns when the tensors are copied. A failure is said, and fatal only to `wait`.
+
+        Args:
+            step: Steps done.
+            tensors: A nested dict whose leaves are tensors.
+            progress: JSON values: what is not a tensor (loader position, clocks).
+        """
+        if self._pending is not None:
+            self._pending.exception()  # waits; the failure was said when it happened
+        partial = self.folder / f".step_{step:07d}.partial"
+        if dist.is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+        dist.barrier()
+        _quiet()
+        written = cast(
+            "Future[Any]",
+            dcp.async_save(tensors, checkpoint_id=partial, process_group=self._group, no_dist=self._group is None),
+        )
+        self._pending = self._pool.submit(self._finish, written, partial, step, progress)
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on the disk.
+
+        Raises:
+            CheckpointError: it could not be written; those before it are as they were.
+        """
+        error = self._pending.exception() if self._pending is not None else None
+        failed = error is not None
+        if self._group is not None:  # what failed on one rank failed
+            flags: list[Any] = [None] * dist.world_size()
+            td.all_gather_object(flags, failed, group=self._group)
+            failed = any(flags)
+        if failed:
+            raise CheckpointError(str(error or "the checkpoint could not be written by another rank"))
+
+    def _finish(self, written: Future[Any], partial: Path, step: int, progress: dict[str, Any]) -> None:
+        try:
+            written.result()
+            if not dist.is_main():
+                return
+            (partial / PROGRESS).write_text(json.dumps({"step": step, **progress}))
+            files = {path.name: file_sha256(path) for path in sorted(partial.iterdir())}
+            (partial / MANIFEST).write_text(json.dumps({"step": step, "sha256": files}, indent=2))
+            _to_disk(partial)
+            final = self.folder / f"step_{step:07d}"
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            _sync(self.folder)
+            for old in complete(self.folder)[: -self.keep]:
+                if not self.keep_every or _step(old) % self.keep_every:
+                    shutil.rmtree(old)
+        except BaseException as error:  # DCP wraps what a rank met in a class of its own that is no Exception
+            reason = _reason(error)
+            if dist.is_main():
+                shutil.rmtree(partial, ignore_errors=True)
+            kept = complete(self.folder)
+            last = f"{kept[-1]} is intact" if kept else "there is none before it"
+            message = f"the checkpoint of step {step} could not be written ({reason}); {last}"
+            console.print(message)
+            raise CheckpointError(message) from None
 
 
 def complete(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if (path / PROGRESS).is_file())
+    return sorted(path for path in folder.glob("step_*") if (path / MANIFEST).is_file())
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint whose files have the hashes of its manifest; damaged ones are named and set aside.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all are damaged.
+    """
+    choice: list[Any] = [None]
+    if dist.is_main():
+        candidates = complete(folder)
+        for path in reversed(candidates):
+            damage = _damage(path)
+            if damage is None:
+                choice = [str(path)]
+                break
+            aside = folder / f"damaged_{path.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            say(f"{path} is damaged ({damage}); set aside as {aside.name}, going back to the one before")
+        else:
+            if candidates:
+                choice = [CheckpointError(f"all checkpoints in {folder} are damaged; delete the folder to start anew")]
+    if dist.world_size() > 1:
+        td.broadcast_object_list(choice)
+    if isinstance(choice[0], CheckpointError):
+        raise choice[0]
+    return None if choice[0] is None else Path(choice[0])
 
 
 def load(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
     """Fill `tensors` in place from a checkpoint; returns its progress, with `step`."""
-    with _quiet():
-        dcp.load(tensors, checkpoint_id=path, no_dist=dist.world_size() == 1)
+    _quiet()
+    dcp.load(tensors, checkpoint_id=path, no_dist=dist.world_size() == 1)
     return json.loads((path / PROGRESS).read_text())
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """One process is what a laptop has; torch warns about it at every call."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or nothing."""
+    try:
+        expected = json.loads((path / MANIFEST).read_text())["sha256"]
+        for name, sha256 in expected.items():
+            if file_sha256(path / name) != sha256:
+                return f"{name} has changed"
+    except (OSError, ValueError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _to_disk(folder: Path) -> None:
+    """Contents before names: what is renamed survives a power cut."""
+    for path in folder.iterdir():
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: BaseException) -> str:
+    """The system's words where the system failed, out of what DCP and torch's writer wrap around them."""
+    failures = getattr(error, "failures", None)
+    inner: BaseException | None = next(iter(failures.values()))[0] if failures else error
+    while inner is not None:
+        if isinstance(inner, OSError):
+            return str(inner)
+        error, inner = inner, inner.__cause__ or inner.__context__
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def _quiet() -> None:
+    """One process is what a laptop has; torch warns about it at every call, in its own thread too."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -21,6 +21,12 @@ from vtp import dist
 console = Console(stderr=True)
 
 
+def say(text: str) -> None:
+    """One line for the user, from the first rank."""
+    if dist.is_main():
+        console.print(text)
+
+
 class MetricsLog:
     """Append-only metrics.jsonl; opened for a resumed run, lines after the resumed step are dropped first."""
 

@@ -15,12 +15,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+import torch.distributed as td
 from torch import Tensor
 
 from vtp import config, dist
 from vtp.config import ConfigError
 from vtp.engine import checkpoint
-from vtp.engine.logging import MetricsLog, console, environment, progress_bar
+from vtp.engine.logging import MetricsLog, environment, progress_bar, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +30,18 @@ class LoopConfig:
 
     log_every: int = 20
     save_every: int = 500
-    keep: int = 2  # checkpoints that stay
+    keep: int = 2  # newest checkpoints that stay
+    keep_every: int = 0  # those at multiples of so many steps stay as well; 0: none
+    max_skipped: int = 5  # steps in a row without a finite gradient, and so without an update, that a run bears
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
         for name in ("log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"loop.{name}={getattr(self, name)}; it must be at least 1")
+        for name in ("keep_every", "max_skipped"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"loop.{name}={getattr(self, name)} is negative")
 
 
 @runtime_checkable
@@ -65,7 +71,7 @@ class Batches(Protocol):
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient became NaN or infinite; the last good checkpoint is kept."""
+    """Losses or gradients stay NaN or infinite; the last good checkpoint is kept."""
 
 
 def open_run(cfg: Any, resume: str, ignore: tuple[str, ...] = ()) -> Path:
@@ -76,13 +82,16 @@ def open_run(cfg: Any, resume: str, ignore: tuple[str, ...] = ()) -> Path:
         resume: `auto` continues a run of the same configuration; `never` insists on a new folder.
         ignore: Keys in which a resumed run may differ.
 
+    A run that ended before its first checkpoint (a mistake, a loss that was never finite) has nothing to keep: the
+    corrected command may use its folder.
+
     Raises:
         ConfigError: the folder holds a run with another configuration (the differences are listed), or is not to be
             resumed.
     """
     out = Path(cfg.out)
     saved = out / "config.yaml"
-    if saved.is_file():
+    if saved.is_file() and any((out / "checkpoints").glob("*step_*")):
         if resume == "never":
             raise ConfigError(f"{out} already holds a run; choose another out=, delete it, or set resume=auto")
         changed = config.differences(config.load(saved, type(cfg)()), cfg, ignore=("resume", "out", *ignore))
@@ -90,6 +99,7 @@ def open_run(cfg: Any, resume: str, ignore: tuple[str, ...] = ()) -> Path:
             raise ConfigError(
                 f"{out} holds a run with another configuration ({'; '.join(changed)}); choose another out= or delete it"
             )
+    dist.barrier()  # no rank reads what the first one is writing
     if dist.is_main():
         out.mkdir(parents=True, exist_ok=True)
         saved.write_text(config.dump(cfg))
@@ -104,19 +114,23 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
     Step i of rank r draws all its randomness from (seed, r, i), so a resumed run is the uninterrupted run. Ctrl-C and
     SIGTERM finish the step, save, and leave.
 
+    A step whose loss or gradient is not finite must leave the learner as it was (`optim.update` does); it is counted
+    in `skipped`, and not in the means of its window.
+
     Raises:
-        NonFiniteError: a logged value was not finite; nothing is saved after the last finite window.
+        NonFiniteError: more than `loop.max_skipped` such steps in a row; nothing is saved after the last finite one.
+        CheckpointError: no checkpoint can be read, or the last one not written.
         SystemExit: code 0 after SIGTERM, 130 after Ctrl-C, both with a checkpoint written.
     """
     folder = out / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    done, seconds = 0, 0.0
-    found = checkpoint.complete(folder)
-    if found:
-        progress = checkpoint.load(found[-1], learner.tensors())
+    checkpoints = checkpoint.Checkpoints(folder, loop.keep, loop.keep_every)
+    done, seconds, skipped, in_a_row = 0, 0.0, 0, 0
+    found = checkpoint.newest(folder)
+    if found is not None:
+        progress = checkpoint.load(found, learner.tensors())
         batches.load_state_dict(progress["batches"])
-        done, seconds = progress["step"], progress["seconds"]
-        console.print(f"resumed {found[-1]}")
+        done, seconds, skipped = progress["step"], progress["seconds"], progress["skipped"]
+        say(f"resumed {found}")
     log = MetricsLog(out, done, loop.tensorboard)
     window: list[Mapping[str, Tensor | float]] = []
     started = window_started = time.perf_counter()
@@ -125,8 +139,8 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
         return seconds + time.perf_counter() - started
 
     def save(step: int) -> None:
-        progress = {"batches": batches.state_dict(), "seconds": clock()}
-        checkpoint.save(folder, step, learner.tensors(), progress, loop.keep)
+        progress = {"batches": batches.state_dict(), "seconds": clock(), "skipped": skipped}
+        checkpoints.save(step, learner.tensors(), progress)
 
     stream = iter(batches)
     with progress_bar(title) as bar, _Stop() as stop:
@@ -134,12 +148,18 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
         for step in range(done, steps):
             reseed(seed, dist.rank(), step)
             window.append(learner.step(next(stream), step))
-            last = step + 1 == steps or stop.signal is not None
+            stop.agree()
+            last = step + 1 == steps or stop.agreed is not None
             saving = last or (step + 1) % loop.save_every == 0
             if saving or (step + 1) % loop.log_every == 0:
-                values = _mean(window)
-                _check_finite(values, step + 1 - len(window), step + 1, folder)
+                finite, values = _mean(window)
+                for good in finite:
+                    skipped, in_a_row = skipped + (not good), 0 if good else in_a_row + 1
+                    if in_a_row > loop.max_skipped:
+                        raise _not_finite(values, in_a_row, step + 1, checkpoints)
+                saving = saving and (last or finite[-1])
                 now = time.perf_counter()
+                values["skipped"] = skipped
                 values["images"] = (step + 1) * learner.images_per_step
                 values["images_per_second"] = len(window) * learner.images_per_step / (now - window_started)
                 values["seconds"] = clock()
@@ -149,12 +169,13 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
             bar.update(task, completed=step + 1)
             if saving:
                 save(step + 1)
-            if stop.signal is not None:
+            if stop.agreed is not None:
                 break
+    checkpoints.wait()
     log.close()
-    if stop.signal is not None and step + 1 < steps:
-        console.print(f"stopped at step {step + 1} of {steps}; the same command goes on from there")
-        raise SystemExit(0 if stop.signal == signal.SIGTERM else 130)
+    if stop.agreed is not None and step + 1 < steps:
+        say(f"stopped at step {step + 1} of {steps}; the same command goes on from there")
+        raise SystemExit(0 if stop.agreed == signal.SIGTERM else 130)
 
 
 def reseed(seed: int, rank: int, step: int) -> None:
@@ -165,28 +186,45 @@ def reseed(seed: int, rank: int, step: int) -> None:
     torch.manual_seed(state % 2**63)
 
 
-def _mean(window: list[Mapping[str, Tensor | float]]) -> dict[str, float]:
-    """Mean of each value over the window; the only place where the loop waits for the device."""
-    return {name: float(sum(values[name] for values in window)) / len(window) for name in window[0]}
+def _mean(window: list[Mapping[str, Tensor | float]]) -> tuple[list[bool], dict[str, float]]:
+    """(which steps of the window were finite, mean of each value over those and the ranks; over all if none was).
+
+    The only place where the loop waits for the device.
+    """
+    names = list(window[0])
+    table = torch.stack([torch.stack([torch.as_tensor(v[n]).detach().double().cpu() for n in names]) for v in window])
+    if dist.world_size() > 1:
+        table = dist.sum_(table) / dist.world_size()
+    finite = table.isfinite().all(1)
+    means = (table[finite] if finite.any() else table).mean(0)
+    return finite.tolist(), dict(zip(names, means.tolist(), strict=True))
 
 
-def _check_finite(values: dict[str, float], first: int, last: int, folder: Path) -> None:
-    bad = [name for name, value in values.items() if not np.isfinite(value)]
-    if bad:
-        named = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
-        found = checkpoint.complete(folder)
-        kept = f"the last good checkpoint is {found[-1]}" if found else "no checkpoint had been written yet"
-        raise NonFiniteError(
-            f"{named} not finite between steps {first} and {last}; {kept}. "
-            "Lower optim.lr.peak, clip harder (optim.clip_grad), or set precision=fp32"
-        )
+def _not_finite(
+    values: dict[str, float], in_a_row: int, step: int, checkpoints: checkpoint.Checkpoints
+) -> NonFiniteError:
+    checkpoints.wait()
+    bad = [name for name, value in values.items() if not np.isfinite(value)] or ["a loss or gradient"]
+    named = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+    found = checkpoint.complete(checkpoints.folder)
+    kept = f"the last good checkpoint is {found[-1]}" if found else "no checkpoint had been written yet"
+    return NonFiniteError(
+        f"{named} not finite in {in_a_row} steps in a row before step {step}; {kept}. "
+        "Lower optim.lr.peak, clip harder (optim.clip_grad), or set precision=fp32"
+    )
 
 
 class _Stop:
-    """Catches SIGINT and SIGTERM, so that the step under way is finished and saved; a second one interrupts."""
+    """Catches SIGINT and SIGTERM, so that the step under way is finished and saved; a second Ctrl-C interrupts.
+
+    Ranks agree on the step: each asks at every step, and reads the answer a step later, so that no step waits for it.
+    """
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self.signal: int | None = None  # what this rank has caught
+        self.agreed: int | None = None  # what all ranks know that one has caught
+        self._caught_at = 0.0
+        self._asked: tuple[Tensor, Any] | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Stop:
@@ -197,10 +235,26 @@ class _Stop:
         return self
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._caught_at = number, now
+        elif number == signal.SIGINT and now - self._caught_at > 1:  # torchrun passes on what a terminal sent as well
             raise KeyboardInterrupt
-        self.signal = number
 
-    def __exit__(self, *_: object) -> None:
+    def agree(self) -> None:
+        """Set `agreed`; every rank calls this once a step."""
+        if dist.world_size() == 1:
+            self.agreed = self.signal
+            return
+        if self._asked is not None:
+            answer, work = self._asked
+            work.wait()
+            self.agreed = int(answer) or None
+        answer = torch.tensor(self.signal or 0)
+        self._asked = answer, td.all_reduce(answer, td.ReduceOp.MAX, async_op=True)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._asked is not None and kind is None:
+            self._asked[1].wait()
         for number, handler in self._before.items():
             signal.signal(number, handler)

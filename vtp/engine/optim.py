@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vtp.config import ConfigError
 from vtp.schedules import Ramp, WarmupCosine
@@ -44,8 +45,18 @@ def set_schedule(optimizer: torch.optim.Optimizer, cfg: OptimConfig, images: int
 
 
 def update(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], clip_grad: float) -> Tensor:
-    """Clip the global gradient norm, step, clear; returns the norm before clipping."""
-    norm = nn.utils.clip_grad_norm_(parameters, clip_grad if clip_grad > 0 else float("inf"))
+    """Clip the global gradient norm, step, clear; returns the norm before clipping.
+
+    Where the norm is not finite nothing is learned: AdamW leaves parameters and moments as they are, and nothing waits
+    for the device to know.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(grads)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if clip_grad > 0:
+        torch._foreach_mul_(grads, (clip_grad / (norm + 1e-6)).clamp(max=1.0))
+    optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # AdamW's fused kernel reads it
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vtp.config import ConfigError
 from vtp.engine.logging import environment
 from vtp.files import file_sha256
 from vtp.images import to_uint8
@@ -22,12 +23,15 @@ class Seen:
     def __init__(self) -> None:
         self.count = 0
         self._pictures, self._labels = hashlib.sha256(), hashlib.sha256()
+        self.each: set[int] = set()  # a hash of each picture
 
     def passing(self, batches: Iterable[tuple[Tensor, Any]]) -> Iterator[tuple[Tensor, Any]]:
         """The same batches of (normalised images, labels or keys)."""
         for images, labels in batches:
             self.count += len(images)
-            self._pictures.update(to_uint8(images).cpu().numpy().tobytes())
+            pixels = to_uint8(images).cpu().numpy()
+            self._pictures.update(pixels.tobytes())
+            self.each.update(hash(picture.tobytes()) for picture in pixels)
             for label in labels.tolist() if isinstance(labels, Tensor) else labels:
                 self._labels.update(f"{label}\n".encode())
             yield images, labels
@@ -54,11 +58,11 @@ def write_result(
         weights: the safetensors file that was evaluated; None where there was no model.
 
     Raises:
-        ValueError: a metric that is not a finite number; JSON has no word for it, and no reader should meet it.
+        ConfigError: a metric that is not a finite number; JSON has no word for it, and no reader should meet it.
     """
     wrong = [name for name, value in metrics.items() if not math.isfinite(value)]
     if wrong:
-        raise ValueError(f"{task}: {wrong[0]} is {metrics[wrong[0]]}; the model or the data is broken")
+        raise ConfigError(f"{task}: {wrong[0]} is {metrics[wrong[0]]}; the model or the data is broken")
     here = environment()
     result = {
         "task": task,

@@ -56,8 +56,10 @@ class EvalConfig:
     out: Path | None = None  # results JSON
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1, not {self.batch_size}")
+        for name in ("batch_size", "limit", "size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}")
 
 
 class Opened:
@@ -68,7 +70,10 @@ class Opened:
 
         self.weights = folder / "model.safetensors"
         if not self.weights.is_file() or not (folder / "config.json").is_file():
-            raise ConfigError(f"no tokenizer in {folder}: it should hold config.json and model.safetensors")
+            inner = folder / "tokenizer"
+            missing = "it should hold config.json and model.safetensors"
+            hint = f"did you mean {inner}?" if inner.is_dir() else missing
+            raise ConfigError(f"no tokenizer in {folder}: {hint}")
         self.device, self.precision = pick_device(cfg.device), cfg.precision
         self.model: Any = VTPModel.from_pretrained(folder).eval()
         self.model.to(self.device)
@@ -212,6 +217,9 @@ def probe(
         return probes.extract(embed, by.passing(batches))
 
     known, asked = extracted(train, seen_train, train_limit), extracted(test, seen, cfg.limit)
+    shared = len(seen.each & seen_train.each)
+    if shared == len(seen.each):  # the same data by another name
+        raise ConfigError(f"{method}: every picture of {data} is in {train_data} as well; ask what it has not seen")
     if method == "linear":
         metrics = probes.linear_probe(known, asked, len(names), cfg.seed)
     else:
@@ -226,6 +234,7 @@ def probe(
         "train_images": seen_train.count,
         "images": seen.count,
         "resize": "squash",
+        **({"in_training_as_well": shared} if shared else {}),
         "train_data_sha256": seen_train.sha256,
         **{f"train_{key}": value for key, value in _left_out(train).items()},
         **_left_out(test),
@@ -297,6 +306,8 @@ def generation(
     device = pick_device(cfg.device)
     network = open_extractor(extractor, device)
     samples = json.loads(path.read_text()) if (path := images / "samples.json").is_file() else {}
+    if samples.get("num", len(files)) != len(files):
+        raise ConfigError(f"{images} holds {len(files)} of the {samples['num']} pictures; run `vtp sample` to its end")
     with Image.open(files[0]) as first:
         size = first.height
     known: tuple[str, ...] = ()

@@ -15,7 +15,15 @@ from vtp.generation.latents import Latents
 from vtp.generation.learner import DiTLearner, LatentBatches
 from vtp.models.dit import DiTConfig, LightningDiT
 
-ORCHESTRATION = ("device", "loop.log_every", "loop.save_every", "loop.keep", "loop.tensorboard")
+ORCHESTRATION = (
+    "device",
+    "loop.log_every",
+    "loop.save_every",
+    "loop.keep",
+    "loop.keep_every",
+    "loop.max_skipped",
+    "loop.tensorboard",
+)
 
 
 def train_dit(cfg: DiTTrainConfig) -> Path:

@@ -91,18 +91,6 @@ def sample(
     out.mkdir(parents=True, exist_ok=True)
     for old in (*out.glob("*.png"), out / "samples.json"):  # pictures of an earlier call never mix with these
         old.unlink(missing_ok=True)
-    rows: dict[int, list[UInt8[np.ndarray, "H W 3"]]] = {c: [] for c in chosen[:GRID_ROWS]}
-    with progress_bar("sample") as bar:
-        task = bar.add_task("sample", total=num, status="")
-        for first in range(0, num, batch_size):
-            for i, image in enumerate(pictures(first, min(num, first + batch_size)).cpu(), start=first):
-                array = image.permute(1, 2, 0).numpy()
-                Image.fromarray(array).save(out / f"{i:06d}.png")
-                row = rows.get(chosen[i % len(chosen)])
-                if row is not None and len(row) < GRID_COLUMNS:
-                    row.append(array)
-            bar.update(task, completed=min(num, first + batch_size))
-    _grid({stats.classes[c]: row for c, row in rows.items() if row}).save(out / "grid.png")
     protocol: dict[str, Any] = {
         "num": num,
         "sampler": sampler,
@@ -120,6 +108,18 @@ def sample(
         "tokenizer_sha256": stats.tokenizer_sha256,
     }
     (out / "samples.json").write_text(json.dumps(protocol, indent=2) + "\n")
+    rows: dict[int, list[UInt8[np.ndarray, "H W 3"]]] = {c: [] for c in chosen[:GRID_ROWS]}
+    with progress_bar("sample") as bar:
+        task = bar.add_task("sample", total=num, status="")
+        for first in range(0, num, batch_size):
+            for i, image in enumerate(pictures(first, min(num, first + batch_size)).cpu(), start=first):
+                array = image.permute(1, 2, 0).numpy()
+                Image.fromarray(array).save(out / f"{i:06d}.png")
+                row = rows.get(chosen[i % len(chosen)])
+                if row is not None and len(row) < GRID_COLUMNS:
+                    row.append(array)
+            bar.update(task, completed=min(num, first + batch_size))
+    _grid({stats.classes[c]: row for c, row in rows.items() if row}).save(out / "grid.png")
     console.print(f"{num} pictures in {out}")
     return out
 

@@ -370,9 +370,9 @@ class VTPModel(PreTrainedModel):
             raise RuntimeError(f"this tokenizer was built with {key}=false and has no such part")
 
 
-def publish(model: VTPModel, folder: Path) -> None:
-    """Write a tokenizer folder: configuration, weights, and the image processor of its image size."""
-    model.save_pretrained(folder)
+def publish(model: VTPModel, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write a tokenizer folder: configuration, weights (the model's own unless given), image processor of its size."""
+    model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
     VTPImageProcessor(model.config.image_size).save_pretrained(folder)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from vtp import dist
 from vtp.objectives.precision import full_precision
 
 
@@ -20,7 +21,8 @@ def ibot_loss(
         L = - sum_m w_m sum_k p_mk log softmax(z_m / temp)_k / sum_m w_m
 
     The sum of the weights is the number of masked views, so a student that knows nothing stands at ln K. DINOv2 divides
-    by all views, the unmasked ones too, which halves the loss at its mask probability of 1/2.
+    by all views, the unmasked ones too, which halves the loss at its mask probability of 1/2. With several ranks the
+    masked views are counted over all of them: the mean of the ranks' losses is the loss of one process.
 
     Args:
         student: prototype logits z at the masked positions, from the masked views.
@@ -29,4 +31,5 @@ def ibot_loss(
         student_temp: softmax temperature of the student.
     """
     log_q = (student / student_temp).log_softmax(-1)
-    return -(weights * (teacher * log_q).sum(-1)).sum() / weights.sum()
+    views = dist.sum_(weights.sum()) / dist.world_size()
+    return -(weights * (teacher * log_q).sum(-1)).sum() / views

@@ -10,6 +10,7 @@ from vtp.data.augment import AugmentConfig
 from vtp.data.views import BatchConfig, ViewsConfig
 from vtp.engine.loop import LoopConfig
 from vtp.engine.optim import OptimConfig
+from vtp.engine.parallel import ParallelConfig
 from vtp.models.config import ModelConfig
 from vtp.schedules import Ramp
 
@@ -91,6 +92,7 @@ class PretrainConfig:
     views: ViewsConfig = ViewsConfig()
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
     loop: LoopConfig = LoopConfig()
 
     def __post_init__(self) -> None:

@@ -12,6 +12,8 @@ from vtp import dist
 from vtp.data.augment import finish
 from vtp.data.loader import Batch
 from vtp.engine.optim import adamw, autocast, optimizer_tensors, set_schedule, update
+from vtp.engine.parallel import parallelise
+from vtp.models.layers import Recomputable
 from vtp.pretrain.config import PretrainConfig
 from vtp.pretrain.objectives import Pretraining
 
@@ -19,11 +21,13 @@ MAX_LOGIT_SCALE = math.log(100)  # OpenCLIP's clamp
 
 
 class PretrainLearner:
-    """The joint objective, its optimiser and schedules on one device."""
+    """The joint objective, its optimiser and schedules on this rank's device."""
 
     def __init__(self, cfg: PretrainConfig, device: torch.device) -> None:
         self.cfg, self.device = cfg, device
         self.objectives = Pretraining(cfg).to(device).train()
+        blocks = [module for module in self.objectives.modules() if isinstance(module, Recomputable)]
+        self.forward = parallelise(self.objectives, blocks, cfg.parallel, device, cfg.precision)
         self.weights = cfg.weights.by_loss()
         self.images_per_step = cfg.active_batch.pairs * dist.world_size()
         self.trainable = [p for p in self.objectives.parameters() if p.requires_grad]
@@ -36,7 +40,7 @@ class PretrainLearner:
         lr = set_schedule(self.optimizer, cfg.optim, images, total_images)
         batch = finish(batch.to(self.device), cfg.augment, torch.default_generator)
         with autocast(self.device, cfg.precision):
-            losses, readings = self.objectives(batch, cfg.distil.teacher_temp(images, total_images))
+            losses, readings = self.forward(batch, cfg.distil.teacher_temp(images, total_images))
         total = sum((self.weights[name] * loss for name, loss in losses.items()), torch.zeros((), device=self.device))
         total.backward()
         grad_norm = update(self.optimizer, self.trainable, cfg.optim.clip_grad)

@@ -13,12 +13,16 @@ from vtp.data.sources import left_out, open_source
 from vtp.engine.logging import console
 from vtp.engine.loop import open_run, reseed, train
 from vtp.engine.optim import pick_device
+from vtp.engine.parallel import whole
 from vtp.models.vtp_hf import publish
 from vtp.pretrain.config import PretrainConfig
 from vtp.pretrain.learner import PretrainLearner
 from vtp.tokenizers import get_tokenizer
 
-ORCHESTRATION = ("workers", "device", "loop.log_every", "loop.save_every", "loop.keep", "loop.tensorboard")
+ORCHESTRATION = (
+    *("workers", "device", "parallel.shard", "parallel.recompute", "parallel.compile"),
+    *("loop.log_every", "loop.save_every", "loop.keep", "loop.keep_every", "loop.max_skipped", "loop.tensorboard"),
+)
 
 
 def pretrain(cfg: PretrainConfig) -> Path:
@@ -53,8 +57,9 @@ def pretrain(cfg: PretrainConfig) -> Path:
         train(learner, loader, cfg.steps, cfg.seed, cfg.loop, out, title=out.name)
     finally:  # an interrupted run reports as well
         _report_broken(loader, cfg.data, out / "data.json")
+    weights = whole(learner.objectives.student.state_dict())
     if dist.is_main():
-        publish(learner.objectives.student, out / "tokenizer")
+        publish(learner.objectives.student, out / "tokenizer", weights)
         console.print(f"published {out / 'tokenizer'}")
     dist.barrier()
     return out / "tokenizer"

@@ -184,6 +184,9 @@ def test_metrics_after_the_checkpoint_are_dropped_and_a_cut_line_is_tolerated(tm
 def test_a_run_folder_refuses_another_configuration(tmp_path):
     cfg = Config(out=str(tmp_path / "run"))
     open_run(cfg, "auto")
+    open_run(Config(out=cfg.out, width=8), "auto")  # nothing was learned yet
+    open_run(cfg, "auto")
+    (tmp_path / "run/checkpoints/step_0000001").mkdir(parents=True)
     open_run(Config(out=cfg.out, workers=3), "auto", ignore=("workers",))
     with pytest.raises(ConfigError, match="another configuration .width: 4 -> 8."):
         open_run(Config(out=cfg.out, width=8), "auto", ignore=("workers",))

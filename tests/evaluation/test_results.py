@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from vtp.config import ConfigError
 from vtp.evaluation.results import Seen, write_result
 from vtp.images import normalise
 

@@ -101,6 +101,7 @@ def records(run):
     return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp"])
 def test_torchrun_trains_and_a_rank_that_dies_changes_nothing(tiny, tmp_path, shard):
     """Straight through; then with one rank killed by -9 behind the first checkpoint, and restarted by torchrun."""
@@ -120,13 +121,16 @@ def test_torchrun_trains_and_a_rank_that_dies_changes_nothing(tiny, tmp_path, sh
 
 
 DIES_ONCE = """
-import os, signal, sys
+import os, signal, sys, time
+from pathlib import Path
 from vtp.cli import main
 from vtp.engine import checkpoint
 from vtp.pretrain.learner import PretrainLearner
 step = PretrainLearner.step
 def dying(self, batch, i):
     if i == 4 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        while not checkpoint.complete(Path(self.cfg.out) / "checkpoints"):
+            time.sleep(0.01)  # it is written beside the steps
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, batch, i)
 PretrainLearner.step = dying

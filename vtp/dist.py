@@ -22,7 +22,11 @@ def group() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
-    td.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store, rank, world = next(td.rendezvous("env://"))
+    # After torchrun restarts its processes gloo would find the addresses of those that died, were the names the same.
+    store = td.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    td.init_process_group(backend, store=store, rank=rank, world_size=world)
     try:
         yield
     finally:

@@ -181,7 +181,7 @@ def test_metrics_after_the_checkpoint_are_dropped_and_a_cut_line_is_tolerated(tm
     assert steps == sorted(set(steps)) and steps[-1] == 20
 
 
-def test_a_run_folder_refuses_another_configuration(tmp_path):
+def test_a_run_folder_refuses_another_configuration_unless_told(tmp_path, capsys):
     cfg = Config(out=str(tmp_path / "run"))
     open_run(cfg, "auto")
     open_run(Config(out=cfg.out, width=8), "auto")  # nothing was learned yet
@@ -190,6 +190,10 @@ def test_a_run_folder_refuses_another_configuration(tmp_path):
     open_run(Config(out=cfg.out, workers=3), "auto", ignore=("workers",))
     with pytest.raises(ConfigError, match="another configuration .width: 4 -> 8."):
         open_run(Config(out=cfg.out, width=8), "auto", ignore=("workers",))
+    open_run(Config(out=cfg.out, width=8, workers=3), "anyway", ignore=("workers",))
+    said = capsys.readouterr().err
+    assert "width: 4 -> 8" in said and "workers: 0 -> 3" in said
+    cfg = Config(out=cfg.out, width=8)
     with pytest.raises(ConfigError, match="already holds a run"):
         open_run(cfg, "never")
 

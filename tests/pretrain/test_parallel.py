@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vtp import config
 from vtp.data.loader import Loader
 from vtp.data.sources import open_source
+from vtp.engine import checkpoint
 from vtp.engine.parallel import ParallelConfig, whole
 from vtp.pretrain import learner as learner_module
 from vtp.pretrain.learner import PretrainLearner
@@ -22,8 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def batches(cfg, n):
-    tokenizer = get_tokenizer(context_length=cfg.model.text.context_length)
-    loader = Loader(open_source(cfg.data), cfg.views, cfg.active_batch, tokenizer, patch_size=4)
+    loader = raw_batches(cfg)
     return [learner_module.finish(next(loader), cfg.augment, torch.Generator().manual_seed(i)) for i in range(n)]
 
 
@@ -78,29 +79,90 @@ def test_two_ranks_learn_what_one_learns(setting, two_ranks, parallel, centering
             assert value == pytest.approx(sum(o[name] for o in others) / 2, rel=1e-5, abs=1e-5), name
 
 
-def torchrun(*words, ranks=2, options=(), **kwargs):
+def raw_batches(cfg):
+    tokenizer = get_tokenizer(context_length=cfg.model.text.context_length)
+    return Loader(open_source(cfg.data), cfg.views, cfg.active_batch, tokenizer, patch_size=4)
+
+
+def torchrun(*words, options=()):
+    """vtp pretrain WORDS on two ranks, or the program behind `-c` with the other words."""
+    if words[0] == "-c":
+        program, words = ["--no-python", sys.executable, "-c"], words[1:]
+    else:
+        program, words = ["-m", "vtp", "pretrain"], words
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options]
-    return subprocess.run(
-        [*launcher, "-m", "vtp", "pretrain", *words],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-        **kwargs,
-    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
+    command = [*launcher, *program, *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120)
 
 
-@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp"])
-def test_torchrun_trains_publishes_and_resumes(tiny, tmp_path, shard):
-    from vtp import config
-
-    (tmp_path / "tiny.yaml").write_text(config.dump(replace(tiny, parallel=ParallelConfig(shard=shard))))
-    done = torchrun(str(tmp_path / "tiny.yaml"), "steps=4")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("embed_dim: 768") <= 1  # one rank prints
-    run = Path(tiny.out)
+def records(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["images"] == 4 * 2 * 8
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp"])
+def test_torchrun_trains_and_a_rank_that_dies_changes_nothing(tiny, tmp_path, shard):
+    """Straight through; then with one rank killed by -9 behind the first checkpoint, and restarted by torchrun."""
+    (tmp_path / "tiny.yaml").write_text(config.dump(replace(tiny, parallel=ParallelConfig(shard=shard))))
+    done = torchrun(str(tmp_path / "tiny.yaml"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("prototypes: 16") == 1  # one rank prints
+    run, killed = Path(tiny.out), tmp_path / "killed"
+    assert records(run)[-1]["images"] == 6 * 2 * 8
     assert json.loads((run / "environment.json").read_text())["world_size"] == 2
-    assert all(x.isfinite().all() for x in load_file(run / "tokenizer/model.safetensors").values())
+
+    done = torchrun("-c", DIES_ONCE, str(tmp_path / "tiny.yaml"), f"out={killed}", options=["--max-restarts=1"])
+    assert done.returncode == 0, done.stderr
+    assert "resumed" in done.stderr and records(killed) == records(run)
+    straight, resumed = (load_file(path / "tokenizer/model.safetensors") for path in (run, killed))
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+DIES_ONCE = """
+import os, signal, sys, time
+from pathlib import Path
+from vtp.cli import main
+from vtp.engine import checkpoint
+from vtp.pretrain.learner import PretrainLearner
+step = PretrainLearner.step
+def dying(self, batch, i):
+    if i == 4 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        while not checkpoint.complete(Path(self.cfg.out) / "checkpoints"):
+            time.sleep(0.01)  # it is written beside the steps
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, batch, i)
+PretrainLearner.step = dying
+main(["pretrain", *sys.argv[1:]])
+"""
+
+
+def state_on(rank, cfg, folder, source, step):
+    """Load a checkpoint on this many ranks, save it again there, give the whole state."""
+    learner = PretrainLearner(cfg, torch.device("cpu"))
+    tensors = learner.tensors()
+    if source is not None:
+        checkpoint.load(source, tensors)
+    saver = checkpoint.Checkpoints(folder, keep=9)
+    saver.save(step, tensors, {})
+    saver.wait()
+    return whole({**tensors["objectives"], **{f"{n}.m": m["exp_avg"] for n, m in tensors["optimizer"].items()}})
+
+
+def test_a_checkpoint_goes_from_one_rank_to_two_and_back(setting, two_ranks, tmp_path):
+    cfg, data = setting
+    torch.manual_seed(0)
+    learner = PretrainLearner(cfg, torch.device("cpu"))
+    for step in (1, 2):
+        learner.step(next(raw_batches(cfg)), step)
+    saver = checkpoint.Checkpoints(tmp_path, keep=9)
+    saver.save(1, learner.tensors(), {})
+    saver.wait()
+    sharded = replace(cfg, parallel=ParallelConfig(shard=True))
+    on_two = two_ranks(state_on, sharded, tmp_path, tmp_path / "step_0000001", 2)[0]
+    on_one = state_on(0, cfg, tmp_path, tmp_path / "step_0000002", 3)
+    tensors = learner.tensors()
+    before = {**tensors["objectives"], **{f"{n}.m": m["exp_avg"] for n, m in tensors["optimizer"].items()}}
+    for name, x in before.items():
+        assert torch.equal(x, on_two[name]) and torch.equal(x, on_one[name]), name

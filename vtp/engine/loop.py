@@ -79,7 +79,8 @@ def open_run(cfg: Any, resume: str, ignore: tuple[str, ...] = ()) -> Path:
 
     Args:
         cfg: The program's configuration dataclass, with a field `out`.
-        resume: `auto` continues a run of the same configuration; `never` insists on a new folder.
+        resume: `auto` continues a run of the same configuration; `never` insists on a new folder; `anyway` continues
+            with another configuration and says what has changed.
         ignore: Keys in which a resumed run may differ.
 
     A run that ended before its first checkpoint (a mistake, a loss that was never finite) has nothing to keep: the
@@ -94,12 +95,16 @@ def open_run(cfg: Any, resume: str, ignore: tuple[str, ...] = ()) -> Path:
     if saved.is_file() and any((out / "checkpoints").glob("*step_*")):
         if resume == "never":
             raise ConfigError(f"{out} already holds a run; choose another out=, delete it, or set resume=auto")
-        changed = config.differences(config.load(saved, type(cfg)()), cfg, ignore=("resume", "out", *ignore))
-        if changed:
+        before = config.load(saved, type(cfg)())
+        changed = config.differences(before, cfg, ignore=("resume", "out", *ignore))
+        if changed and resume != "anyway":
             raise ConfigError(
-                f"{out} holds a run with another configuration ({'; '.join(changed)}); choose another out= or delete it"
+                f"{out} holds a run with another configuration ({'; '.join(changed)}); choose another out= or delete "
+                "it, or go on with the new one by resume=anyway"
             )
-    dist.barrier()  # no rank reads what the first one is writing
+        for difference in config.differences(before, cfg, ignore=("resume", "out")):
+            say(f"changed since the run began: {difference}")
+    dist.barrier()  # all ranks have looked before one writes
     if dist.is_main():
         out.mkdir(parents=True, exist_ok=True)
         saved.write_text(config.dump(cfg))

@@ -42,7 +42,7 @@ class DiTTrainConfig:
     seed: int = 0
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "bf16"
-    resume: Literal["auto", "never"] = "auto"
+    resume: Literal["auto", "never", "anyway"] = "auto"  # anyway: go on although the configuration has changed
     batch_size: int = 1_024  # per rank
     flip: bool = True  # half of the latents are those of the mirrored image; false where left and right mean something
     label_dropout: float = 0.1  # share of labels replaced by the null class, for classifier-free guidance

@@ -79,7 +79,7 @@ class PretrainConfig:
     seed: int = 0
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "bf16"
-    resume: Literal["auto", "never"] = "auto"
+    resume: Literal["auto", "never", "anyway"] = "auto"  # anyway: go on although the configuration has changed
     workers: int = 1  # loader processes per rank; 0 loads in the training process
     model: ModelConfig = ModelConfig()
     init: Literal["published", "fan_in"] = "published"  # fan_in suits networks much narrower than 768

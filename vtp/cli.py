@@ -87,7 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("images", type=Path, metavar="IMAGES", help="a folder of pictures, as `vtp sample` writes it")
     p.add_argument("--reference", required=True, metavar="DATA", help="real pictures")
     p.add_argument(
-        "--extractor", default="inception", metavar="NAME", help="inception[:FILE], squeezenet:FILE, judge:DIR"
+        "--extractor",
+        default="inception",
+        metavar="NAME",
+        help="inception[:FILE] (default), squeezenet:FILE, judge:DIR",
     )
     p.add_argument("--judge", type=Path, metavar="FOLDER", help="also ask this classifier for the classes drawn")
     p.add_argument("--label", help="compare only with pictures that carry this label")

@@ -141,6 +141,7 @@ def test_generation(tokenizer, judge, tmp_path):
         generation(**among, real="scenes:test", cfg=SMALL)
     assert result["protocol"]["cfg_scale"] == 2.0 and result["protocol"]["num"] == 20 and result["seed"] == 4
     Image.new("RGB", (8, 8)).save(tmp_path / "000020.png")
+    (tmp_path / "samples.json").write_text(json.dumps(samples | {"num": 21}))
     with pytest.raises(ConfigError, match="several sizes.*16 x 16, 8 x 8"):
         generation(tmp_path, "scenes:test", extractor=f"judge:{judge}", cfg=SMALL)
 
@@ -203,16 +204,16 @@ def test_sizes_that_hold_nothing_are_refused(name):
 
 def test_the_same_data_by_another_name_is_found_out(tokenizer, tmp_path):
     folder = tmp_path / "set"
-    for i in range(8):
+    for i in range(24):
         (folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 20), (30 * i, 0, 0)).save(folder / "ab"[i % 2] / f"{i}.png")
+        Image.new("RGB", (20, 20), (10 * i, 0, 0)).save(folder / "ab"[i % 2] / f"{i}.png")
     with pytest.raises(ConfigError, match="every picture of .* as well"):
         probe("knn", tokenizer, str(folder), f"{folder}/", cfg=SMALL)
     other = tmp_path / "other"
     for name in "ab":
         (other / name).mkdir(parents=True)
         Image.new("RGB", (20, 20), (0, 99, ord(name))).save(other / name / "new.png")
-        Image.new("RGB", (20, 20), (30 * "ab".index(name), 0, 0)).save(other / name / "old.png")
+        Image.new("RGB", (20, 20), (10 * "ab".index(name), 0, 0)).save(other / name / "old.png")
     result = probe("knn", tokenizer, str(folder), str(other), cfg=SMALL)
     assert result["protocol"]["in_training_as_well"] == 2
 

@@ -72,7 +72,7 @@ class MetricsLog:
 def progress_bar(title: str) -> Progress:
     """A bar with the loss, images per second and time left; silent on other ranks than the first."""
     return Progress(
-        TextColumn(title),
+        TextColumn(title.replace("{", "{{").replace("}", "}}"), markup=False),  # a name is not a format
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TextColumn("{task.fields[status]}"),

@@ -357,6 +357,8 @@ def generation(
 def open_extractor(name: str, device: torch.device | str = "cpu") -> Extractor:
     """A feature network by name: "judge:FOLDER", or one that `metrics.extractors.load_extractor` knows."""
     kind, _, path = name.partition(":")
+    if kind == "judge" and not path:
+        raise ConfigError("extractor judge: say which, as in judge:FOLDER")
     return judge_extractor(Path(path), device) if kind == "judge" and path else load_extractor(name, device)
 
 

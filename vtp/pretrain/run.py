@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from vtp import dist
 from vtp.config import ConfigError
@@ -67,10 +68,11 @@ def pretrain(cfg: PretrainConfig) -> Path:
 
 def _report_broken(loader: Loader, data: str, file: Path) -> None:
     """Add the reads that gave nothing to data.json, by reason; a broken sample counts in each epoch that meets it."""
-    broken = left_out(loader.report)
+    broken, reads = left_out(loader.report), loader.report["samples"]
     if broken:
         reasons = ", ".join(f"{count} {reason}" for reason, count in broken.items())
-        console.print(f"left out of {data}, over all epochs: {reasons}")
+        console.print(f"left out of {data}: {reasons}; of {reads:,} reads, each epoch's counted")
     if dist.is_main():
-        before = json.loads(file.read_text())["broken"] if file.is_file() else {}
-        file.write_text(json.dumps({"data": data, "broken": dict(Counter(before) + broken)}, indent=2))
+        before: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"broken": {}, "reads": 0}
+        total = {"broken": dict(Counter(before["broken"]) + broken), "reads": before["reads"] + reads}
+        file.write_text(json.dumps({"data": data} | total, indent=2))

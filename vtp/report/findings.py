@@ -132,12 +132,19 @@ def _group(stem: str, runs: Sequence[Run]) -> Group:
         values = [table.get(name) for table in tables]
         known, better = [v for v in values if v is not None], kind(name).better
         best = None
-        if len(known) > 1 and better != 0 and same and len(set(known)) > 1:
+        distance = FRECHET.fullmatch(name.rsplit(".", 1)[-1])
+        if better != 0 and same and (decided(known) if distance else len(set(known)) > 1):
             best = values.index((max if better > 0 else min)(known))
         prefix = name.rsplit(".", 1)[0].replace(".", " ") + " " if "." in name else ""
         shown = [None if v is None else show(name, v) for v in values]
         rows.append(Row(name, prefix + kind(name).label, shown, values, better, best))
     return Group(str(first.get("task", stem)), _subject(first), _protocol(first), rows, same)
+
+
+def decided(distances: Sequence[float]) -> bool:
+    """Whether the smallest of several distances is smaller than the next by more than a tie."""
+    first, *rest = sorted(distances)
+    return bool(rest) and abs(_relative(first, rest[0])) >= TIE
 
 
 def _subject(result: Mapping[str, Any]) -> str:
@@ -234,7 +241,7 @@ def teacher(run: Run) -> Teacher | None:
     if losses and min(losses) > UNLEARNED * ceiling:
         why = f"the student's loss is still {min(losses):.2f}, no better than the uniform answer"
         return Teacher("not started", f"Not started: {why}. {figures}")
-    return Teacher("not collapsed", f"Not collapsed: it uses many prototypes and is sure of single images. {figures}")
+    return Teacher("not collapsed", f"Not collapsed: it uses many prototypes and tells images apart. {figures}")
 
 
 # --- the paper's question ---

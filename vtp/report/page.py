@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,6 +179,9 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
         yield "pre-training", duration(seconds) + (f", {step:,.0f} steps" if step is not None else "")
     if images is not None:
         yield "images seen", f"{images:,.0f} of <code>{escape(str(run.setting('data')))}</code>"
+    left_out = _left_out(run)
+    if left_out:
+        yield "left out", escape(left_out)
     if run.dit_metrics and "seconds" in run.dit_metrics[-1]:
         last = run.dit_metrics[-1]
         yield "diffusion model", f"{duration(last['seconds'])}, {last.get('images', math.nan):,.0f} latents seen"
@@ -191,6 +194,16 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
     if isinstance(versions, Mapping):
         known = {"python": env.get("python"), **versions}
         yield "versions", escape(", ".join(f"{name} {version}" for name, version in known.items() if version))
+
+
+def _left_out(run: Run) -> str:
+    """What of the data could not be used, by data.json."""
+    try:
+        read = json.loads((run.path / "data.json").read_text(encoding="utf-8"))
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in read["broken"].items())
+        return reasons and f"{reasons}; of {read['reads']:,} reads, each epoch's counted"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
 
 
 def _shape(run: Run) -> str:
@@ -324,7 +337,7 @@ def _teacher(runs: Sequence[Run]) -> str:
     if not html:
         return ""
     rule = (
-        "The entropy of the teacher's mean prediction must stay high, that of its single predictions must fall. Judged "
+        "The entropy of the teacher's mean prediction must stay high, that of single ones well under it. Judged "
         f"over the last tenth of the run. Collapsed: the mean's is below {findings.COLLAPSED} ln K. Not started: the "
         f"single ones' is above {findings.UNIFORM} ln K, or no self-distillation loss is below "
         f"{findings.UNLEARNED} ln K."
@@ -453,8 +466,9 @@ def _mark(hit: Hit) -> str:
 def _generation(runs: Sequence[Run], groups: Sequence[Group]) -> str:
     sheets = ""
     real_shown = False
-    for index, run in enumerate(runs):
-        drawn = _samples(run)
+    folders = sorted({folder.name for run in runs for folder in run.path.glob("samples*") if folder.is_dir()})
+    for name, (index, run) in product(folders, enumerate(runs)):
+        drawn = _samples(run, name)
         if drawn is None:
             continue
         if not real_shown:
@@ -465,9 +479,9 @@ def _generation(runs: Sequence[Run], groups: Sequence[Group]) -> str:
     return figures + (f'<div class="columns">{sheets}</div>' if sheets else "")
 
 
-def _samples(run: Run) -> tuple[dict[str, list[UInt8[ndarray, "h w 3"]]], str] | None:
+def _samples(run: Run, name: str) -> tuple[dict[str, list[UInt8[ndarray, "h w 3"]]], str] | None:
     """(samples of each class, how they were drawn); None where the run has none."""
-    folder = run.path / "samples"
+    folder = run.path / name
     if not folder.is_dir():
         return None
     try:
@@ -478,10 +492,10 @@ def _samples(run: Run) -> tuple[dict[str, list[UInt8[ndarray, "h w 3"]]], str] |
         for i, file in enumerate(files[: SHEET * len(classes)]):  # picture i is of class i modulo their number
             by_class[classes[i % len(classes)]].append(np.asarray(Image.open(file).convert("RGB")))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        run.notes.append(f"samples/ cannot be shown: {type(error).__name__}: {error}")
+        run.notes.append(f"{name}/ cannot be shown: {type(error).__name__}: {error}")
         return None
     if not files:
-        run.notes.append("samples/ holds no pictures.")
+        run.notes.append(f"{name}/ holds no pictures.")
         return None
     keys = ("num", "sampler", "steps", "shift", "cfg_scale", "seed")
     drawn = ", ".join(f"{key.replace('_', ' ')} {protocol[key]}" for key in keys if key in protocol)
@@ -543,7 +557,7 @@ def _distance_table(runs: Sequence[Run]) -> str:
 
 def _distances(label: str, values: Sequence[float | None], fair: bool) -> str:
     known = [v for v in values if v is not None]
-    best = values.index(min(known)) if fair and len(set(known)) > 1 else None
+    best = values.index(min(known)) if fair and findings.decided(known) else None
     shown = [None if v is None else show("fd", v) for v in values]
     return markup.figures_row(findings.Row("fd", label, shown, list(values), -1, best)) if known else ""
 

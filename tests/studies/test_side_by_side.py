@@ -57,7 +57,8 @@ def test_no_job_outlives_its_parent(tmp_path, sent):
 @pytest.mark.parametrize("running", [False, True], ids=["while starting", "while running"])
 def test_ctrl_c_ends_all_without_a_traceback(tmp_path, running):
     code = (
-        "import time; from pathlib import Path; from vtp.studies.side_by_side import *; "
+        "import signal, time; from pathlib import Path; from vtp.studies.side_by_side import *; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell's background jobs are deaf to it
         f"side_by_side({{'a': (time.sleep, (300,))}}, Path({str(tmp_path)!r}), lambda name: Stage('asleep', 0, 1))"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True)

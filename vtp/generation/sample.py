@@ -89,7 +89,10 @@ def sample(
             return to_uint8(decoder.get_latents_decoded_images(stats.denormalise(latents)))
 
     out.mkdir(parents=True, exist_ok=True)
-    for old in (*out.glob("*.png"), out / "samples.json"):  # pictures of an earlier call never mix with these
+    earlier = list(out.glob("*.png"))
+    if earlier:  # pictures of an earlier call never mix with these
+        console.print(f"replacing the samples in {out}")
+    for old in (*earlier, out / "samples.json"):
         old.unlink(missing_ok=True)
     protocol: dict[str, Any] = {
         "num": num,

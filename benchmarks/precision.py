@@ -16,7 +16,8 @@ from dataclasses import replace
 import torch
 
 from vtp import config
-from vtp.data.loader import Batch, Loader
+from vtp.data.batches import Batch
+from vtp.data.loader import Loader
 from vtp.data.sources import open_source
 from vtp.pretrain.config import PretrainConfig
 from vtp.pretrain.learner import PretrainLearner

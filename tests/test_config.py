@@ -151,3 +151,4 @@ def test_differences_are_leaves_with_both_values():
         "steps: 10 -> 11",
     ]
     assert differences(old, new, ignore=["steps", "betas"]) == ["model.vision.depth: 4 -> 5"]
+    assert differences(old, new, ignore=["steps", "betas", "model"]) == []

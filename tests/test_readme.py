@@ -3,11 +3,9 @@
 import re
 from pathlib import Path
 
-import torch
 from PIL import Image
 
-from vtp.models.config import DecoderConfig, ModelConfig, TextConfig, ViTConfig
-from vtp.models.vtp_hf import VTPConfig, VTPModel
+from tests.tiny import save_tokenizer
 from vtp.recipes import dit_recipe, pretrain_recipe
 from vtp.studies.quickstart import Comparison
 
@@ -19,14 +17,7 @@ def test_ten_lines(tmp_path, monkeypatch, capsys):
     (folder,) = re.findall(r'from_pretrained\("(.+?)"\)', code)
     (photo,) = re.findall(r'Image.open\("(.+?)"\)', code)
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    tiny = ModelConfig(
-        image_size=16,
-        vision=ViTConfig(patch_size=8, embed_dim=16, depth=1, num_heads=2, feature_bottleneck=4),
-        text=TextConfig(context_length=8, embed_dim=16, depth=1, num_heads=2),
-        decoder=DecoderConfig(embed_dim=16, depth=1, num_heads=2),
-    )
-    VTPModel(VTPConfig.from_model_config(tiny)).save_pretrained(folder)
+    save_tokenizer(Path(folder), width=16, channels=4)
     Image.new("RGB", (40, 30), "red").save(photo)
     exec(compile(code, "README.md", "exec"), {})
     with Image.open("reconstruction.png") as reconstruction:

@@ -55,13 +55,21 @@ def dump(config: Any) -> str:
 
 
 def differences(old: Any, new: Any, ignore: Sequence[str] = ()) -> list[str]:
-    """Lines `key: old -> new` for every leaf in which two configurations of one type differ."""
+    """Lines `key: old -> new` for every leaf in which two configurations of one type differ.
+
+    Args:
+        ignore: keys that are passed over, with all below them.
+    """
     a, b = (
         _flat(OmegaConf.to_container(OmegaConf.structured(old))),
         _flat(OmegaConf.to_container(OmegaConf.structured(new))),
     )
     changed = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
-    return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in changed if key not in ignore]
+    return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in changed if not _below(key, ignore)]
+
+
+def _below(key: str, parts: Sequence[str]) -> bool:
+    return any(key == part or key.startswith(f"{part}.") for part in parts)
 
 
 def _read(file: Path) -> DictConfig:

@@ -5,7 +5,8 @@ import torchvision.transforms.functional as tv
 
 from vtp.config import ConfigError
 from vtp.data.augment import AugmentConfig, blur, finish, jitter, jitter_matrices, solarize
-from vtp.data.loader import Batch, ClipBatch, Cursor, RecBatch, SSLBatch
+from vtp.data.batches import Batch, ClipBatch, RecBatch, SSLBatch
+from vtp.data.order import Cursor
 from vtp.images import normalise
 
 NONE = torch.empty(0, dtype=torch.int64)

@@ -13,17 +13,10 @@ from PIL import Image
 
 from tests.data.test_sources import picture, write_tar
 from vtp.config import ConfigError
-from vtp.data.loader import (
-    Cursor,
-    Loader,
-    Place,
-    captioned_batches,
-    class_names,
-    cut,
-    image_batches,
-    labelled_batches,
-    positions,
-)
+from vtp.data.batches import cut
+from vtp.data.loader import Loader
+from vtp.data.order import Cursor, Place, positions
+from vtp.data.passes import captioned_batches, class_names, image_batches, labelled_batches
 from vtp.data.sources import open_source
 from vtp.data.views import BatchConfig, ViewsConfig
 from vtp.images import center_crop, normalise

@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from tests.evaluation.test_run import save_tokenizer
+from tests.tiny import save_tokenizer
 from vtp.config import ConfigError
 from vtp.evaluation.codecs import open_codec, read_make
 from vtp.images import denormalise, normalise

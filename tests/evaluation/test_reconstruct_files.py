@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.evaluation.test_run import save_tokenizer
+from tests.tiny import save_tokenizer
 from vtp.cli import main
 from vtp.config import ConfigError
 from vtp.evaluation.reconstruct_files import (

@@ -3,30 +3,15 @@
 import json
 
 import pytest
-import torch
 from PIL import Image
 
+from tests.tiny import save_tokenizer
 from vtp.config import ConfigError
 from vtp.data.sources import open_source
 from vtp.evaluation.judge import save_judge, train_judge
 from vtp.evaluation.run import EvalConfig, generation, probe, reconstruction, zero_shot
-from vtp.models.config import DecoderConfig, ModelConfig, TextConfig, ViTConfig
-from vtp.models.vtp_hf import VTPConfig, VTPModel
 
 SMALL = EvalConfig(limit=40, batch_size=16, device="cpu")
-
-
-def save_tokenizer(folder, **parts):
-    torch.manual_seed(0)
-    config = ModelConfig(
-        image_size=16,
-        vision=ViTConfig(patch_size=8, embed_dim=32, depth=1, num_heads=2, feature_bottleneck=8),
-        text=TextConfig(context_length=16, embed_dim=32, depth=1, num_heads=2),
-        decoder=DecoderConfig(embed_dim=32, depth=1, num_heads=2),
-        **parts,
-    )
-    VTPModel(VTPConfig.from_model_config(config)).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

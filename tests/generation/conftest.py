@@ -1,22 +1,14 @@
 import pytest
-import torch
 
+from tests.tiny import save_tokenizer
 from vtp.generation.config import DiTSize, DiTTrainConfig
 from vtp.generation.latents import encode_latents
-from vtp.models.config import DecoderConfig, ModelConfig, ViTConfig
-from vtp.models.vtp_hf import VTPConfig, VTPModel
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
     """A published tokenizer folder: untrained, 16 px, patch 8, 6 channels."""
-    torch.manual_seed(0)
-    vision = ViTConfig(patch_size=8, embed_dim=16, depth=1, num_heads=2, feature_bottleneck=6)
-    decoder = DecoderConfig(embed_dim=16, depth=1, num_heads=2)
-    folder = tmp_path_factory.mktemp("tokenizer")
-    config = ModelConfig(image_size=16, train_clip=False, vision=vision, decoder=decoder)
-    VTPModel(VTPConfig.from_model_config(config)).save_pretrained(folder)
-    return folder
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"), width=16, channels=6, train_clip=False)
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import AutoImageProcessor
 
+from tests.tiny import tiny_model
 from vtp.images import center_crop, normalise, to_uint8
-from vtp.models.config import DecoderConfig, ModelConfig, ViTConfig
 from vtp.models.vtp_hf import VTPConfig, VTPModel, publish
 from vtp.models.vtp_hf_processing import VTPImageProcessor
 
@@ -121,13 +121,8 @@ def test_pictures_of_the_right_size_come_back_as_they_were(do_center_crop):
 
 
 def test_published_folders_hold_it(tmp_path):
-    config = ModelConfig(
-        image_size=16,
-        train_clip=False,
-        vision=ViTConfig(patch_size=8, embed_dim=16, depth=1, num_heads=2, feature_bottleneck=4),
-        decoder=DecoderConfig(embed_dim=16, depth=1, num_heads=2),
-    )
-    publish(VTPModel(VTPConfig.from_model_config(config)), tmp_path)
+    config = VTPConfig.from_model_config(tiny_model(train_clip=False))
+    publish(VTPModel(config), tmp_path)
     assert json.loads((tmp_path / "preprocessor_config.json").read_text()) == {
         "do_center_crop": False,
         "image_mean": [0.485, 0.456, 0.406],

@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vtp.models.config import DecoderConfig, ModelConfig, TextConfig, ViTConfig
-from vtp.models.vtp_hf import VTPConfig, VTPModel
+from tests.tiny import save_tokenizer
 
 PROTOTYPES = 256
 ENTROPIES = {  # (mean, single) as shares of ln K at the start and at the end of the run
@@ -19,18 +18,6 @@ ENTROPIES = {  # (mean, single) as shares of ln K at the start and at the end of
     "uniform": ((1.0, 1.0), (1.0, 0.99)),
     "back to uniform": ((0.97, 0.6), (1.0, 0.99)),
 }
-
-
-def write_tokenizer(folder: Path, understands: bool) -> None:
-    torch.manual_seed(0)
-    model = ModelConfig(
-        image_size=32,
-        train_clip=understands,
-        vision=ViTConfig(patch_size=8, embed_dim=32, depth=1, num_heads=2, feature_bottleneck=8),
-        text=TextConfig(embed_dim=16, num_heads=2, depth=1, context_length=32),
-        decoder=DecoderConfig(embed_dim=32, num_heads=2, depth=1),
-    )
-    VTPModel(VTPConfig.from_model_config(model)).save_pretrained(folder)
 
 
 def write_metrics(file: Path, understands: bool, teacher: str = "healthy", seconds: float = 240.0) -> None:
@@ -74,7 +61,7 @@ def tokenizers(tmp_path_factory) -> dict[bool, Path]:
     """Two untrained tokenizers: with a text tower and without."""
     root = tmp_path_factory.mktemp("tokenizers")
     for understands in (True, False):
-        write_tokenizer(root / str(understands), understands)
+        save_tokenizer(root / str(understands), image_size=32, train_clip=understands)
     return {u: root / str(u) for u in (True, False)}
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from tests.evaluation.test_codecs import save_autoencoder
-from tests.evaluation.test_run import save_tokenizer
+from tests.tiny import save_tokenizer
 from vtp.cli import main
 from vtp.config import ConfigError
 from vtp.evaluation.compare import common_size

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from tests.tiny import tiny_run
 from vtp.config import ConfigError
-from vtp.data.views import BatchConfig, ViewsConfig
+from vtp.data.views import BatchConfig
 from vtp.engine.loop import LoopConfig
 from vtp.generation.config import DiTSize
-from vtp.models.config import DecoderConfig, ModelConfig, TextConfig, ViTConfig
 from vtp.recipes import dit_recipe, pretrain_recipe
 from vtp.report.page import write_report
 from vtp.studies import quickstart
@@ -21,22 +21,8 @@ def small():
     """Fewer pictures everywhere; the sizes are the only thing that changes."""
 
     def shrunk(name):
-        cfg = pretrain_recipe(name)
-        return replace(
-            cfg,
-            steps=3,
-            workers=0,
-            batch=BatchConfig(clip=8, ssl=4, rec=4),
-            model=ModelConfig(
-                image_size=16,
-                vision=ViTConfig(patch_size=4, embed_dim=32, depth=2, num_heads=2, feature_bottleneck=8),
-                text=TextConfig(context_length=24, embed_dim=32, num_heads=2, depth=1),
-                decoder=DecoderConfig(embed_dim=32, depth=1, num_heads=2),
-            ),
-            views=ViewsConfig(size=16, global_size=16, local_size=8, local_crops=2),
-            distil=replace(cfg.distil, prototypes=16),
-            loop=LoopConfig(log_every=1),
-        )
+        batch = BatchConfig(clip=8, ssl=4, rec=4)
+        return tiny_run(pretrain_recipe(name), steps=3, batch=batch, loop=LoopConfig(log_every=1))
 
     size = DiTSize(hidden_size=32, depth=1, num_heads=2)
     ask = quickstart.Comparison(

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from vtp.config import ConfigError
-from vtp.data.loader import Batch
+from vtp.data.batches import Batch
 from vtp.images import normalise
 
 

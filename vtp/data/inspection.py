@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vtp.config import ConfigError
-from vtp.data.decode import BadImage, decode
+from vtp.data.decode import BadImage
 from vtp.data.sources import Raw, Source, left_out
 from vtp.images import center_crop
 
@@ -50,7 +50,7 @@ def inspect(
     for n, raw in enumerate(islice(_spread(source, limit), limit), start=1):
         progress(n)
         try:
-            pixels = decode(raw.image) if isinstance(raw.image, bytes) else raw.image
+            pixels = raw.decoded()
         except BadImage as error:
             source.report[error.reason] += 1
             if len(broken) < NAMED:

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from vtp.config import ConfigError
-from vtp.data.decode import BadImage, decode
+from vtp.data.decode import BadImage
 from vtp.data.sources import Raw, Source, left_out, open_source
 from vtp.files import file_sha256
 
@@ -146,13 +146,11 @@ def _slice(source: Source, first: int, last: int, counts: list[int] | None) -> I
 
 def _file(raw: Raw) -> tuple[str, bytes]:
     """A picture's suffix and bytes: its own where shards may hold its format, else PNG."""
+    pixels = raw.decoded()
     if isinstance(raw.image, bytes):
-        pixels = decode(raw.image)
         kind = Image.open(io.BytesIO(raw.image)).format or ""
         if kind in _SUFFIX:
             return _SUFFIX[kind], raw.image
-    else:
-        pixels = raw.image
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return "png", buffer.getvalue()

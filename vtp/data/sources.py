@@ -25,10 +25,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import UInt8
 from numpy import ndarray
 
 from vtp.config import ConfigError
 from vtp.data import scenes, shards
+from vtp.data.decode import BadImage, decode
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTION_COLUMNS = ("text", "caption", "captions")
@@ -52,6 +54,22 @@ class Raw(NamedTuple):
     image: bytes | ndarray  # an image file, or [h, w, 3] uint8 where the source draws it
     captions: tuple[str, ...]  # any number; one is drawn each time
     labels: dict[str, int]  # indices into Source.classes; a label that does not apply is absent
+
+    def pixels(self, report: Counter[str]) -> UInt8[ndarray, "h w 3"] | None:
+        """The decoded picture; None where it cannot be, and the reason is counted."""
+        try:
+            return self.decoded()
+        except BadImage as error:
+            report[error.reason] += 1
+            return None
+
+    def decoded(self) -> UInt8[ndarray, "h w 3"]:
+        """The decoded picture.
+
+        Raises:
+            BadImage: it cannot be.
+        """
+        return decode(self.image) if isinstance(self.image, bytes) else self.image
 
 
 @runtime_checkable

@@ -197,7 +197,11 @@ def _mean(window: list[Mapping[str, Tensor | float]]) -> tuple[list[bool], dict[
     The only place where the loop waits for the device.
     """
     names = list(window[0])
-    table = torch.stack([torch.stack([torch.as_tensor(v[n]).detach().double().cpu() for n in names]) for v in window])
+    values = [v[n] for v in window for n in names]
+    tensors = [x.detach().double() for x in values if isinstance(x, Tensor)]
+    read = iter(torch.stack(tensors).tolist() if tensors else ())
+    table = torch.tensor([next(read) if isinstance(x, Tensor) else x for x in values], dtype=torch.float64)
+    table = table.view(len(window), len(names))
     if dist.world_size() > 1:
         table = dist.sum_(table) / dist.world_size()
     finite = table.isfinite().all(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -76,6 +76,19 @@ def optimizer_tensors(optimizer: torch.optim.AdamW, parameters: Iterable[tuple[s
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """bf16 autocast, or nothing for fp32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def inference(
+    function: Callable[[Tensor], Tensor], device: torch.device, precision: Precision
+) -> Callable[[Tensor], Tensor]:
+    """The same function of a tensor on any device, without gradients, under autocast; float32 on `device` out."""
+
+    @torch.no_grad()
+    def call(x: Tensor) -> Tensor:
+        with autocast(device, precision):
+            return function(x.to(device)).float()
+
+    return call
 
 
 def pick_device(name: str) -> torch.device:

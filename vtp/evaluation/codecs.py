@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vtp.config import ConfigError
-from vtp.engine.optim import Precision, autocast, pick_device
+from vtp.engine.optim import Precision, inference, pick_device
 from vtp.images import from_symmetric, to_symmetric
 
 WEIGHTS = {"VTP": "model.safetensors", "AutoencoderKL": "diffusion_pytorch_model.safetensors"}
@@ -41,7 +41,7 @@ class Codec:
 
     def reconstruct(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 3 H W"]:
         """There and back, in float32."""
-        return self.decode(self.encode(images.to(self.device)))
+        return self.decode(self.encode(images))
 
 
 def read_make(folder: Path) -> Make:
@@ -82,17 +82,8 @@ def open_codec(folder: Path, device: str = "auto", precision: Precision = "fp32"
     parts = _vtp(folder) if make.kind == "VTP" else _autoencoder_kl(folder)
     here = pick_device(device)
     parts.model.eval().to(here)
-
-    def run(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        @torch.no_grad()
-        def call(x: Tensor) -> Tensor:
-            with autocast(here, precision):
-                return function(x).float()
-
-        return call
-
     parameters = {"encoder": _count(parts.encoder), "decoder": _count(parts.decoder)}
-    encode, decode = run(parts.encode), run(parts.decode)
+    encode, decode = (inference(part, here, precision) for part in (parts.encode, parts.decode))
     return Codec(make=make, encode=encode, decode=decode, parameters=parameters, device=here, precision=precision)
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vtp.config import ConfigError
-from vtp.data.loader import image_batches
+from vtp.data.passes import image_batches
 from vtp.data.sources import open_source
 from vtp.engine.optim import pick_device
 from vtp.evaluation.codecs import Codec, open_codec, read_make

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vtp.config import ConfigError
-from vtp.data.decode import BadImage, decode
 from vtp.data.sources import Source
 from vtp.files import file_sha256
 from vtp.images import normalise, squash
@@ -137,10 +136,7 @@ def labelled_pictures(
         row = [raw.labels.get(label, ABSENT) for label in labels]
         if set(row) == {ABSENT}:
             continue
-        try:
-            image = decode(raw.image) if isinstance(raw.image, bytes) else raw.image
-        except BadImage as error:
-            source.report[error.reason] += 1
+        if (image := raw.pixels(source.report)) is None:
             continue
         pictures.append(np.asarray(squash(Image.fromarray(image), size)))
         targets.append(row)

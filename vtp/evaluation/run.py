@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from vtp.config import ConfigError
-from vtp.data.loader import class_names, image_batches, labelled_batches
+from vtp.data.passes import class_names, image_batches, labelled_batches
 from vtp.data.sources import CLASS_TEMPLATES, Source, open_source
-from vtp.engine.optim import Precision, autocast, pick_device
+from vtp.engine.optim import Precision, inference, pick_device
 from vtp.evaluation import generation as generated
 from vtp.evaluation import probes
 from vtp.evaluation import reconstruction as reconstructed
@@ -28,6 +28,7 @@ from vtp.evaluation.results import Seen, write_result
 from vtp.files import file_sha256
 from vtp.images import center_crop, to_uint8
 from vtp.metrics.extractors import Extractor, load_extractor
+from vtp.models.published import tokenizer_weights
 
 FEATURES = {
     "cls": "class token after the final norm",
@@ -68,12 +69,7 @@ class Opened:
     def __init__(self, folder: Path, cfg: EvalConfig) -> None:
         from vtp.models.vtp_hf import VTPModel
 
-        self.weights = folder / "model.safetensors"
-        if not self.weights.is_file() or not (folder / "config.json").is_file():
-            inner = folder / "tokenizer"
-            missing = "it should hold config.json and model.safetensors"
-            hint = f"did you mean {inner}?" if inner.is_dir() else missing
-            raise ConfigError(f"no tokenizer in {folder}: {hint}")
+        self.weights = tokenizer_weights(folder)
         self.device, self.precision = pick_device(cfg.device), cfg.precision
         self.model: Any = VTPModel.from_pretrained(folder).eval()
         self.model.to(self.device)
@@ -89,14 +85,8 @@ class Opened:
             raise ConfigError(f"{task} needs a tokenizer with {key}=true; this one was trained without")
 
     def run(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """`function` of images on the device, without gradients, under autocast; float32 out."""
-
-        @torch.no_grad()
-        def call(x: Tensor) -> Tensor:
-            with autocast(self.device, self.precision):
-                return function(x.to(self.device)).float()
-
-        return call
+        """`function` of images, for evaluation on the device."""
+        return inference(function, self.device, self.precision)
 
     def features(self, name: str) -> Callable[[Tensor], Tensor]:
         """Images -> frozen features [b d], as `FEATURES` says."""

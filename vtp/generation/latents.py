@@ -24,13 +24,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vtp.config import ConfigError
-from vtp.data.decode import BadImage, decode
-from vtp.data.sources import Raw, Source, open_source
+from vtp.data.sources import Source, open_source
 from vtp.engine.logging import console, progress_bar
-from vtp.engine.optim import Precision, autocast, pick_device
+from vtp.engine.optim import Precision, inference, pick_device
 from vtp.files import file_sha256
 from vtp.images import center_crop, normalise
 from vtp.models.latent_stats import ChannelStats
+from vtp.models.published import tokenizer_weights
 
 STATS = "stats.json"
 
@@ -108,7 +108,6 @@ class Latents:
         return latents, labels
 
 
-@torch.no_grad()
 def encode_latents(
     tokenizer: Path,
     data: str,
@@ -143,9 +142,7 @@ def encode_latents(
     Raises:
         ConfigError: no such tokenizer, data or label, or `out` holds other latents.
     """
-    weights = tokenizer / "model.safetensors"
-    if not weights.is_file():
-        raise ConfigError(f"{tokenizer} is no tokenizer: it holds no model.safetensors")
+    weights = tokenizer_weights(tokenizer)
     source = open_source(data, annotations)
     label = _label(source, label)
     target = pick_device(device)
@@ -176,11 +173,7 @@ def encode_latents(
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("shard_*.safetensors"):  # of an unfinished run
         old.unlink()
-
-    def encode(images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
-        with autocast(target, precision):
-            return model.get_reconstruction_latents(images).float()
-
+    encode = inference(model.get_reconstruction_latents, target, precision)
     left_out: Counter[str] = Counter()
     samples = islice(_labelled(source, label, size, left_out), limit)
     sums = _Moments()
@@ -242,17 +235,9 @@ def _labelled(
             if label not in raw.labels:
                 left_out[f"no {label}"] += 1
                 continue
-            try:
-                yield _pixels(raw, size), raw.labels[label]
-            except BadImage as error:
-                left_out[error.reason] += 1
-
-
-def _pixels(raw: Raw, size: int) -> UInt8[ndarray, "h w 3"]:
-    image = decode(raw.image) if isinstance(raw.image, bytes) else raw.image
-    if image.shape[:2] == (size, size):
-        return image
-    return np.asarray(center_crop(Image.fromarray(image), size))
+            if (image := raw.pixels(left_out)) is not None:
+                same = image.shape[:2] == (size, size)
+                yield image if same else np.asarray(center_crop(Image.fromarray(image), size)), raw.labels[label]
 
 
 def _write_shard(out: Path, number: int, parts: Sequence[dict[str, Tensor]]) -> None:

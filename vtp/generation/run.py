@@ -15,15 +15,7 @@ from vtp.generation.latents import Latents
 from vtp.generation.learner import DiTLearner, LatentBatches
 from vtp.models.dit import DiTConfig, LightningDiT
 
-ORCHESTRATION = (
-    "device",
-    "loop.log_every",
-    "loop.save_every",
-    "loop.keep",
-    "loop.keep_every",
-    "loop.max_skipped",
-    "loop.tensorboard",
-)
+ORCHESTRATION = ("device", "loop")
 
 
 def train_dit(cfg: DiTTrainConfig) -> Path:

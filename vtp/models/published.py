@@ -147,10 +147,22 @@ def upload(folder: Path, repo_id: str, *, private: bool | None = None, token: An
         ) from error
 
 
+def tokenizer_weights(folder: Path) -> Path:
+    """The weights of a published tokenizer.
+
+    Raises:
+        ConfigError: the folder is none.
+    """
+    weights = folder / WEIGHTS
+    if not weights.is_file() or not (folder / "config.json").is_file():
+        inner = folder / "tokenizer"
+        hint = f"did you mean {inner}?" if inner.is_dir() else f"it should hold config.json and {WEIGHTS}"
+        raise ConfigError(f"no tokenizer in {folder}: {hint}")
+    return weights
+
+
 def _sha256(folder: Path) -> str:
-    if not (folder / WEIGHTS).is_file() or not (folder / "config.json").is_file():
-        raise ConfigError(f"no tokenizer in {folder}: it should hold config.json and {WEIGHTS}")
-    return file_sha256(folder / WEIGHTS)
+    return file_sha256(tokenizer_weights(folder))
 
 
 def _config(folder: Path) -> dict[str, Any]:

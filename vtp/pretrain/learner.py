@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtp import dist
 from vtp.data.augment import finish
-from vtp.data.loader import Batch
+from vtp.data.batches import Batch
 from vtp.engine.optim import adamw, autocast, optimizer_tensors, set_schedule, update
 from vtp.engine.parallel import parallelise
 from vtp.models.layers import Recomputable

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vtp.data.loader import Batch, SSLBatch
+from vtp.data.batches import Batch, SSLBatch
 from vtp.models.dino_head import DINOHead
 from vtp.models.ema import EMATeacher
 from vtp.models.layers import scale_init

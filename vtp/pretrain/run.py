@@ -20,10 +20,7 @@ from vtp.pretrain.config import PretrainConfig
 from vtp.pretrain.learner import PretrainLearner
 from vtp.tokenizers import get_tokenizer
 
-ORCHESTRATION = (
-    *("workers", "device", "parallel.shard", "parallel.recompute", "parallel.compile"),
-    *("loop.log_every", "loop.save_every", "loop.keep", "loop.keep_every", "loop.max_skipped", "loop.tensorboard"),
-)
+ORCHESTRATION = ("workers", "device", "parallel", "loop")
 
 
 def pretrain(cfg: PretrainConfig) -> Path:
@@ -73,6 +70,6 @@ def _report_broken(loader: Loader, data: str, file: Path) -> None:
         reasons = ", ".join(f"{count} {reason}" for reason, count in broken.items())
         console.print(f"left out of {data}: {reasons}; of {reads:,} reads, each epoch's counted")
     if dist.is_main():
-        before: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"broken": {}, "reads": 0}
-        total = {"broken": dict(Counter(before["broken"]) + broken), "reads": before["reads"] + reads}
+        before: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"broken": {}}
+        total = {"broken": dict(Counter(before["broken"]) + broken), "reads": before.get("reads", 0) + reads}
         file.write_text(json.dumps({"data": data} | total, indent=2))

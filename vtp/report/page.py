@@ -36,6 +36,7 @@ MACHINERY = {
     "grad_norm": "Gradient norm <span>before clipping</span>",
     "images_per_second": "Speed <span>images/s</span>",
     "logit_scale": "Logit scale <span>1 / temperature</span>",
+    "skipped": "Skipped steps <span>gradient not finite</span>",
 }
 TEACHER = {"teacher_entropy_mean": "mean prediction", "teacher_entropy_single": "single predictions"}
 NOT_CURVES = ("step", "images", "seconds", *TEACHER)

@@ -16,7 +16,6 @@ from numpy import ndarray
 from PIL import Image
 from torch import Tensor
 
-from vtp.data.decode import BadImage, decode
 from vtp.data.sources import Source, open_source
 from vtp.evaluation.run import EvalConfig, Opened
 from vtp.evaluation.zero_shot import text_classifier
@@ -89,9 +88,7 @@ def _samples(source: Source, size: int, count: int) -> Iterator[Sample]:
     shards = list(dict.fromkeys(shards))
     for shard in shards:
         for raw in islice(source.read(shard, size), math.ceil(count / len(shards))):
-            try:
-                image = decode(raw.image) if isinstance(raw.image, bytes) else raw.image
-            except BadImage:
+            if (image := raw.pixels(source.report)) is None:
                 continue
             yield Sample(image, raw.captions, raw.labels)
 

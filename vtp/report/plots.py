@@ -121,7 +121,7 @@ def _limits(y: Float[ndarray, " n"], reference: tuple[float, str] | None, floor:
     if floor is not None:
         values.append(floor)
     low, high = min(values), max(values)
-    margin = 0.06 * (high - low) if high > low else max(abs(high) * 0.1, 1e-6)
+    margin = 0.06 * (high - low) if high > low else 0.1 * abs(high) or 1.0
     room = 0 if reference is None or reference[0] < high else 0.09 * (high - low)  # for the reference's name
     return (low if low == floor else low - margin), high + margin + room
 

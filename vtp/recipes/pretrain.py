@@ -62,7 +62,7 @@ def cpu() -> PretrainConfig:
     """Small real images with captions, minutes on two CPU cores: 32 px, patch 8, a few thousand pairs."""
     return PretrainConfig(
         out="runs/cpu",
-        steps=1_150,
+        steps=1_000,
         batch=BatchConfig(clip=128, ssl=64, rec=64),
         workers=0,  # on two cores a process that makes views stands in the way of the step
         perceptual="teacher",

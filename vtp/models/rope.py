@@ -60,10 +60,32 @@ def _cached_tables(*key: Any) -> tuple[Tensor, Tensor]:
         return _signed_tables(*key)
 
 
-def rotate(x: Float[Tensor, "*b t h"], cos: Float[Tensor, "t h"], sin: Float[Tensor, "t h"]) -> Float[Tensor, "*b t h"]:
+def rotate(x: Float[Tensor, "*b h"], cos: Float[Tensor, "*t h"], sin: Float[Tensor, "*t h"]) -> Float[Tensor, "*b h"]:
     """Rotate queries and keys in the dtype of the tables (so a float32 query keeps bf16 precision, as published)."""
     y = x.to(cos.dtype)
-    return (y * cos + y.roll(y.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
+    return (y * cos).add_(y.roll(y.shape[-1] // 2, dims=-1).mul_(sin)).to(x.dtype)
+
+
+@torch.library.custom_op(
+    "vtp::rope_tables",
+    mutates_args=(),
+    schema="(int head_dim, SymInt rows, SymInt columns, int prefix, ScalarType dtype, Device device)"
+    " -> (Tensor, Tensor)",
+)
+def _opaque_tables(
+    head_dim: int, rows: int, columns: int, prefix: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    # A compiler that saw inside would compute the angles again for every head of every layer.
+    cos, sin = _cached_tables(head_dim, (rows, columns), prefix, dtype, device)
+    return cos.clone(), sin.clone()  # the compiler may write over its results
+
+
+@_opaque_tables.register_fake
+def _(
+    head_dim: int, rows: int, columns: int, prefix: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    cos = torch.empty(prefix + rows * columns, head_dim, dtype=dtype, device=device)
+    return cos, torch.empty_like(cos)
 
 
 class RopeEmbed(nn.Module):
@@ -94,5 +116,8 @@ class RopeEmbed(nn.Module):
         self, grid: tuple[int, int], prefix: int, device: torch.device
     ) -> tuple[Float[Tensor, "t h"], Float[Tensor, "t h"]]:
         """Tables of `prefix` unrotated tokens and then the patches of the grid, for `rotate`."""
-        key = (self.head_dim, grid, prefix, self.dtype, device)
-        return _signed_tables(*key) if torch.compiler.is_compiling() else _cached_tables(*key)
+        if torch.compiler.is_exporting():  # in the operators that a file may hold
+            return _signed_tables(self.head_dim, grid, prefix, self.dtype, device)
+        if torch.compiler.is_compiling():
+            return _opaque_tables(self.head_dim, *grid, prefix, self.dtype, device)
+        return _cached_tables(self.head_dim, grid, prefix, self.dtype, device)

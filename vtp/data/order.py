@@ -6,6 +6,7 @@ it used, on as many streams or on another number of them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
@@ -110,14 +111,29 @@ def _epoch(
             for layout, by_shard in layouts
         ):
             continue
+        j, before = -1, source.report.copy()
         for j, raw in enumerate(source.read(source.shards[int(order[n])], size)):
-            if (n == first and j < skip) or not (whole or (n + j) % streams == stream):
-                continue
-            if any(
-                (epoch, n, j) < layout.ends[(n if by_shard else n + j) % layout.streams] for layout, by_shard in layouts
+            theirs = not (whole or (n + j) % streams == stream)
+            if (
+                theirs
+                or (n == first and j < skip)
+                or any(
+                    (epoch, n, j) < layout.ends[(n if by_shard else n + j) % layout.streams]
+                    for layout, by_shard in layouts
+                )
             ):
+                _restore(source.report, before)
                 continue
             yield raw, n, j + 1
+            before = source.report.copy()
+        if not (whole or (n + j + 1) % streams == stream):
+            _restore(source.report, before)
+
+
+def _restore(report: Counter[str], before: Counter[str]) -> None:
+    """What another stream, or this one before it was resumed, has counted."""
+    report.clear()
+    report.update(before)
 
 
 def _whole_shards(source: Source, streams: int) -> bool:

@@ -421,8 +421,12 @@ def pack_data(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1")
     options = {name: getattr(args, name) for name in ("annotations", "shard_size", "workers", "limit")}
     with Progress() as bar:
-        task = bar.add_task("shards", total=None)
-        done = pack(args.data, args.out, **options, progress=lambda n, of: bar.update(task, completed=n, total=of))
+        task = bar.add_task("", total=None)
+
+        def progress(doing: str, done: int, total: int) -> None:
+            bar.update(task, description=f"{doing} shards", completed=done, total=total)
+
+        done = pack(args.data, args.out, **options, progress=progress)
     reasons = ", ".join(f"{n} {reason}" for reason, n in done["left_out"].items()) or "nothing"
     print(f"packed {done['samples']:,} samples in {done['shards']:,} shards in {args.out}; left out: {reasons}")
 

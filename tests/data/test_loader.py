@@ -15,7 +15,7 @@ from tests.data.test_sources import picture, write_tar
 from vtp.config import ConfigError
 from vtp.data.batches import cut
 from vtp.data.loader import Loader
-from vtp.data.order import Cursor, Place, positions
+from vtp.data.order import Cursor, Place, _epoch, positions
 from vtp.data.passes import captioned_batches, class_names, image_batches, labelled_batches
 from vtp.data.sources import open_source
 from vtp.data.views import BatchConfig, ViewsConfig
@@ -301,6 +301,71 @@ def test_a_killed_run_goes_on_with_the_same_batches(shards, tmp_path):
     run(tmp_path / "killed", 70, kill_at=random.randint(5, 20))
     resumed = run(tmp_path / "killed", 70)
     assert len(resumed) >= 50 and resumed.items() <= whole.items()
+
+
+def read_on_rank(rank, data, workers, state, *pauses):
+    """(epoch, colour) of the next samples and the state behind them; the loader is made anew after each pause."""
+    batch, read = BatchConfig(clip=0, ssl=0, rec=1), []
+    for n in pauses:
+        stream = Loader(open_source(data), VIEWS, batch, None, patch_size=8, workers=workers, shuffle=4)
+        if state is not None:
+            stream.load_state_dict(json.loads(json.dumps(state)))
+        for found in itertools.islice(stream, n):
+            read.append((found.cursor.places[0].epoch, tuple(found.rec.images[0, :, 0, 0].tolist())))
+        state = stream.state_dict()
+        stream.close()
+    return read, state
+
+
+def without_and_with_a_pause(rank, *arguments):
+    *before, pause, n = arguments
+    return read_on_rank(rank, *before, n), read_on_rank(rank, *before, pause, n - pause)
+
+
+def test_ranks_go_on_with_the_epoch_of_one_and_one_with_theirs(two_ranks, tmp_path):
+    """1 -> 2 -> 1 ranks within an epoch, the single one with two workers."""
+    colours = [(20 * s, 16 * i, 99) for s in range(12) for i in range(13)]
+    for s in range(12):
+        members = []
+        for i in range(13):
+            buffer = io.BytesIO()
+            Image.new("RGB", (16, 16), colours[13 * s + i]).save(buffer, "PNG")
+            members.append((f"{s}_{i}.png", buffer.getvalue() if i else b""))  # the first of each shard is broken
+        write_tar(tmp_path / f"{s:02d}.tar", members)
+    data = str(tmp_path)
+    one, saved = read_on_rank(0, data, 2, None, 30)
+    ranks, paused = zip(*two_ranks(without_and_with_a_pause, data, 0, saved, 9, 25), strict=True)
+    assert [read for read, _ in ranks] == [read for read, _ in paused]
+    assert ranks[0][1] == ranks[1][1] and ranks[0][1]["cursors"] == paused[0][1]["cursors"]
+    last, state = read_on_rank(0, data, 2, ranks[0][1], 90)
+    counts = Counter(one + ranks[0][0] + ranks[1][0] + last)
+    assert min(counts[0, colour] for colour in colours if colour[1]) == 1
+    assert sum(n - 1 for n in counts.values()) <= (4 - 1) * (2 + 2)
+    assert any(epoch == 1 for epoch, _ in last)
+    read, broken = state["report"]["samples"], state["report"]["empty file"]
+    assert 12 <= broken <= 12 + 3 * (2 + 2) and 30 + 2 * 25 + 90 + broken <= read  # of all ranks; a few are read ahead
+    assert read <= 30 + 2 * 25 + 90 + broken + 3 * (2 + 2 + 2)
+
+
+def test_samples_that_other_processes_take_are_theirs_to_count(tmp_path):
+    """Two shards for four processes: all read all of them."""
+    for s in range(2):
+        members = [(f"{s}_{i:02d}.{'txt' if i % 5 == 4 else 'jpg'}", picture(i) if i % 2 else b"") for i in range(40)]
+        write_tar(tmp_path / f"{s}.tar", members)
+    source = open_source(str(tmp_path))
+    total = Counter()
+    for stream in range(4):
+        source.report.clear()
+        list(_epoch(source, 16, np.arange(2), 0, (stream, 4), 0, 0, ()))
+        total += source.report
+    assert total == {"samples": 80, "no picture": 16}
+
+
+def test_a_position_of_another_version_is_refused():
+    state = loader(open_source("scenes")).state_dict()
+    del state["format"]
+    with pytest.raises(ConfigError, match="written by another version of vtp; .*out="):
+        loader(open_source("scenes")).load_state_dict(state)
 
 
 def keys_of_epoch(source, stream, streams, epoch, block=5):

@@ -1,5 +1,5 @@
-import hashlib
 import json
+import subprocess
 import sys
 
 import pytest
@@ -9,6 +9,7 @@ from vtp import cli
 from vtp.config import ConfigError
 from vtp.data.pack import pack
 from vtp.data.sources import open_source
+from vtp.files import file_sha256
 from vtp.report.dataset import write_inspection
 
 
@@ -30,30 +31,56 @@ def test_packed_shards_hold_the_same_samples_in_equal_shards(folder, tmp_path):
     }
     assert open_source(str(out)).classes == {"class": ("a", "b")}
     assert [r.labels["class"] for r in after] != sorted(r.labels["class"] for r in after)
-    sums = [line.split() for line in (out / "SHA256SUMS").read_text().splitlines()]
-    assert [name for _, name in sums] == ["00000.tar", "00001.tar", "00002.tar"]
-    assert all(hashlib.sha256((out / name).read_bytes()).hexdigest() == digest for digest, name in sums)
+    assert [name for _, name in sums(out)] == ["00000.tar", "00001.tar", "00002.tar"]
+    assert all(file_sha256(out / name) == digest for digest, name in sums(out))
 
 
-def test_an_interrupted_pack_goes_on_and_ends_the_same(folder, tmp_path):
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    pack(str(folder), whole, shard_size=7)
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from vtp.data import pack
 
-    def stop(done, total):
-        if done == 1:
-            raise KeyboardInterrupt
+write = pack._file
 
-    with pytest.raises(KeyboardInterrupt):
-        pack(str(folder), out, shard_size=7, progress=stop)
-    for number in (1, 2):  # as if it had been killed before them
-        for file in out.glob(f"0000{number}.*"):
-            file.unlink()
-    kept = (out / "00000.tar").stat().st_mtime_ns
-    pack(str(folder), out, shard_size=7)
-    assert (out / "00000.tar").stat().st_mtime_ns == kept
+def slowly(raw):
+    time.sleep(0.1)
+    return write(raw)
+
+def progress(*at):
+    print(*at, flush=True)
+    if at == ("packing", 2, 5):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+pack._file = slowly  # in the workers as well: this is their main module
+if __name__ == "__main__":
+    pack.pack(sys.argv[1], Path(sys.argv[2]), shard_size=4, workers=2, progress=progress)
+"""
+
+
+def test_a_killed_pack_goes_on_and_ends_the_same(tmp_path):
+    """Killed by -9 when two of five shards are written, its workers at the next two."""
+    shards, whole, out = (tmp_path / name for name in ("shards", "whole", "out"))
+    for s in range(4):
+        write_tar(shards / f"{s}.tar", [(f"{s}_{i}.jpg", picture(i) if i else b"") for i in range(5)])
+    pack(str(shards), whole, shard_size=4)
+    (tmp_path / "killed.py").write_text(KILLED)
+    command = [sys.executable, "-W", "ignore", str(tmp_path / "killed.py"), str(shards), str(out)]
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True)  # until the last worker has let go of it
+    assert ["counting", "4", "4"] in map(str.split, process.stdout.splitlines())
+    assert process.returncode == -9
+    kept = {file: file.stat().st_mtime_ns for file in out.glob("*.tar") if file.with_suffix(".json").is_file()}
+    assert 2 <= len(kept) < 4 and list(out.glob(".*.partial")) and not (out / "SHA256SUMS").exists()
+    done = pack(str(shards), out, shard_size=4)
+    assert done == {"shards": 5, "samples": 16, "left_out": {"empty file": 4}}
+    assert all(file.stat().st_mtime_ns == time for file, time in kept.items())
     assert (out / "SHA256SUMS").read_text() == (whole / "SHA256SUMS").read_text()
+    assert all(file_sha256(out / name) == digest for digest, name in sums(out)) and not list(out.glob(".*"))
     with pytest.raises(ConfigError, match="shards of another pack"):
-        pack(str(folder), out, shard_size=8)
+        pack(str(shards), out, shard_size=8)
+
+
+def sums(out):
+    return [line.split() for line in (out / "SHA256SUMS").read_text().splitlines()]
 
 
 def test_packing_shards_balances_them(tmp_path):

@@ -365,3 +365,18 @@ def test_a_folder_of_splits_is_no_folder_of_classes(tmp_path):
     with pytest.raises(ConfigError, match="holds splits, not classes; name one of them, as in .*test"):
         open_source(str(tmp_path))
     assert open_source(str(tmp_path / "train")).classes == {"class": ("cat", "dog")}
+
+
+def test_several_lines_of_a_picture_and_lines_that_are_not_utf8(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(picture(1, "PNG"))
+    lines = [
+        b'{"file_name": "a.png", "text": "one", "style": "old"}',
+        '{"file_name": "a.png", "text": "two\u2028lines in one"}'.encode(),
+        b'{"file_name": "b.png", "text": "caf\xe9"}',
+    ]
+    (tmp_path / "metadata.jsonl").write_bytes(b"\r\n".join(lines))
+    source = open_source(str(tmp_path))
+    a, b = everything(source)
+    assert a.captions == ("one", "two\u2028lines in one") and a.labels == {"style": 0} and b.captions == ("caf\ufffd",)
+    assert source.report == {"samples": 2, "caption not UTF-8": 1}

@@ -76,12 +76,14 @@ def inspect(
     if not sizes:
         raise ConfigError(f"{source.name}: no picture can be read ({dict(left_out(source.report))})")
     width, height = np.array(sizes).T
+    broken_by = left_out(source.report)
     summary = {
         "data": source.name,
         "samples": source.report["samples"],
         "usable": len(sizes),
         "whole": limit is None or source.report["samples"] < limit,
-        "left_out": dict(left_out(source.report).most_common()),
+        "left_out": dict(broken_by.most_common()),
+        "mended": {reason: n for reason, n in source.report.items() if reason != "samples" and reason not in broken_by},
         "broken": broken,
         "repeated": repeats,
         "repeats": repeated,

@@ -27,6 +27,7 @@ from vtp.data.order import BATCH, Cursor, Layout, Place, positions
 from vtp.data.sources import Raw, Source, head, left_out
 from vtp.data.views import BatchConfig, ViewsConfig, check
 
+_FORMAT = 1  # of what state_dict returns
 _PATIENCE = 20_000  # unusable samples in a row: twice the largest usual shard
 
 
@@ -84,6 +85,8 @@ class Loader:
         self._pin_memory = pin_memory
         self._iterator: Iterator[Batch] | None = None
         self._reports: dict[int, dict[str, int]] = {}
+        self._before: Counter[str] = Counter()  # of all ranks before this process began
+        self._saved: Counter[str] = Counter()  # of all ranks when the state was last saved
         self._next = 0
 
     def __iter__(self) -> Loader:
@@ -112,6 +115,11 @@ class Loader:
             total.update(report)
         return total
 
+    @property
+    def total(self) -> Counter[str]:
+        """The same over all ranks since the run began; where there are several, as of the last `state_dict`."""
+        return self._before + self.report if dist.world_size() == 1 else self._saved
+
     def _check_share(self) -> None:
         """Over all workers: a single one may have begun with the one bad shard of many."""
         report = self.report
@@ -128,13 +136,14 @@ class Loader:
 
         On several ranks this is a collective.
         """
-        cursors = list(self._dataset.cursors)
+        ranks: list[Any] = [(self._dataset.cursors, self.report)]
         if dist.world_size() > 1:
-            everyone: list[Any] = [None] * dist.world_size()
-            td.all_gather_object(everyone, cursors)
-            cursors = list(itertools.chain(*everyone))
-        state = {"seed": self.seed, "workers": self._makers, "next": self._next, "sources": self._names}
-        return state | {"cursors": cursors, "past": list(self._dataset.past)}
+            ranks = [None] * dist.world_size()
+            td.all_gather_object(ranks, (self._dataset.cursors, self.report))
+        self._saved = sum((report for _, report in ranks), self._before)
+        state: dict[str, Any] = {"format": _FORMAT, "seed": self.seed, "workers": self._makers, "next": self._next}
+        state |= {"sources": self._names, "cursors": [c for cursors, _ in ranks for c in cursors]}
+        return state | {"past": list(self._dataset.past), "report": dict(self._saved)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on behind the batch after which `state_dict` was called.
@@ -144,13 +153,19 @@ class Loader:
         than `shuffle` samples, those it had taken from the block it was shuffling; of others nothing is repeated.
 
         Raises:
-            ConfigError: another seed, or other sources.
+            ConfigError: another seed, other sources, or a state that another version of vtp wrote.
         """
+        if state.get("format") != _FORMAT:
+            raise ConfigError(
+                "the checkpoint's position in the data was written by another version of vtp; go on with that "
+                "version, or begin anew with another out="
+            )
         here = {"seed": self.seed, "sources": self._names}
         there = {name: state[name] for name in here}
         if here != there:
             raise ConfigError(f"the loader's position was saved with {there}, but this run has {here}; make them equal")
         self.close()
+        self._reports, self._before, self._saved = {}, Counter(state["report"]), Counter(state["report"])
         cursors = [Cursor(w, tuple(Place(*p) for p in places), n) for w, places, n in state["cursors"]]
         past = [tuple(Layout(n, tuple((e, f, s) for e, f, s in ends)) for n, ends in of) for of in state["past"]]
         if (len(cursors), state["workers"]) == (self._streams, self._makers):

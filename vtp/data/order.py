@@ -6,6 +6,7 @@ it used, on as many streams or on another number of them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
@@ -110,14 +111,30 @@ def _epoch(
             for layout, by_shard in layouts
         ):
             continue
+        in_part = not whole or bool(layouts) or (n == first and skip > 0)
+        j, before = -1, source.report.copy() if in_part else Counter()
         for j, raw in enumerate(source.read(source.shards[int(order[n])], size)):
-            if (n == first and j < skip) or not (whole or (n + j) % streams == stream):
-                continue
-            if any(
-                (epoch, n, j) < layout.ends[(n if by_shard else n + j) % layout.streams] for layout, by_shard in layouts
-            ):
-                continue
+            if in_part:
+                theirs = not (whole or (n + j) % streams == stream)
+                if theirs or (n == first and j < skip) or _read(layouts, epoch, n, j):
+                    _restore(source.report, before)
+                    continue
             yield raw, n, j + 1
+            if in_part:
+                before = source.report.copy()
+        if not (whole or (n + j + 1) % streams == stream):
+            _restore(source.report, before)
+
+
+def _read(layouts: Sequence[tuple[Layout, bool]], epoch: int, n: int, j: int) -> bool:
+    """Whether sample j of the shard at position n was read under a layout of the past."""
+    return any((epoch, n, j) < layout.ends[(n if by_shard else n + j) % layout.streams] for layout, by_shard in layouts)
+
+
+def _restore(report: Counter[str], before: Counter[str]) -> None:
+    """What another stream, or this one before it was resumed, has counted."""
+    report.clear()
+    report.update(before)
 
 
 def _whole_shards(source: Source, streams: int) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ def pack(
     shard_size: int = 1_000,
     limit: int | None = None,
     workers: int = 1,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[str, int, int], None] = lambda task, done, total: None,
 ) -> dict[str, Any]:
     """Write OUT/00000.tar, ..., classes.json where there are classes, and SHA256SUMS (`sha256sum -c` reads it).
 
@@ -44,7 +46,7 @@ def pack(
         shard_size: samples a shard at most.
         limit: samples at most.
         workers: processes.
-        progress: told how many shards of how many are written.
+        progress: told the task ("counting" the samples of shards, "packing") and how many shards of how many are done.
 
     Returns:
         {"shards", "samples", "left_out": {reason: count}}.
@@ -63,29 +65,56 @@ def pack(
         plan = saved
     elif any(out.glob("*.tar")):
         raise ConfigError(f"{out} holds shards already; choose another --out")
-    else:
-        plan["counts"] = None if source.random_access else [sum(1 for _ in source.read(s)) for s in source.shards]
-        _write(file, json.dumps(plan))
-    available = len(source.shards) if plan["counts"] is None else sum(plan["counts"])
-    total = available if limit is None else min(limit, available)
-    if total == 0:
-        raise ConfigError(f"{data} holds no picture")
-    shards = -(-total // shard_size)
-    bounds = [total * i // shards for i in range(shards + 1)]
-    jobs = [i for i in range(shards) if not (out / f"{i:05d}.json").is_file()]
-    progress(shards - len(jobs), shards)
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        work = [pool.submit(_shard, data, annotations, out, i, bounds[i], bounds[i + 1], plan["counts"]) for i in jobs]
-        for done, future in enumerate(as_completed(work), start=1 + shards - len(jobs)):
-            future.result()
-            progress(done, shards)
+    with ProcessPoolExecutor(workers, get_context("spawn"), _end_with_parent) as pool:
+
+        def spread(doing: str, task: Callable[..., Any], jobs: list[tuple[Any, ...]], total: int) -> Iterator[Any]:
+            """Results as they come."""
+            progress(doing, total - len(jobs), total)
+            work = as_completed([pool.submit(task, *job) for job in jobs])
+            for done, future in enumerate(work, start=1 + total - len(jobs)):
+                yield future.result()
+                progress(doing, done, total)
+
+        if not file.is_file():
+            plan["counts"] = None
+            if not source.random_access:
+                jobs = [(data, annotations, i) for i in range(len(source.shards))]
+                plan["counts"] = [n for _, n in sorted(spread("counting", _count, jobs, len(jobs)))]
+            _write(file, json.dumps(plan))
+        available = len(source.shards) if plan["counts"] is None else sum(plan["counts"])
+        total = available if limit is None else min(limit, available)
+        if total == 0:
+            raise ConfigError(f"{data} holds no picture")
+        shards = -(-total // shard_size)
+        bounds = [total * i // shards for i in range(shards + 1)]
+        missing = [i for i in range(shards) if not (out / f"{i:05d}.json").is_file()]
+        jobs = [(data, annotations, out, i, *bounds[i : i + 2], plan["counts"]) for i in missing]
+        for _ in spread("packing", _shard, jobs, shards):
+            pass
     reports = [json.loads((out / f"{i:05d}.json").read_text()) for i in range(shards)]
     _write(out / SUMS, "".join(f"{report['sha256']}  {i:05d}.tar\n" for i, report in enumerate(reports)))
     if "class" in source.classes:
         listed = [{"wnid": str(i), "names": [name]} for i, name in enumerate(source.classes["class"])]
         _write(out / "classes.json", json.dumps(listed, indent=1))
-    missing = sum((Counter(report["left_out"]) for report in reports), Counter())
-    return {"shards": shards, "samples": sum(r["samples"] for r in reports), "left_out": dict(missing)}
+    broken = sum((Counter(report["left_out"]) for report in reports), Counter())
+    return {"shards": shards, "samples": sum(r["samples"] for r in reports), "left_out": dict(broken)}
+
+
+def _end_with_parent() -> None:
+    """A process whose parent was killed would write on beside the run that goes on."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _count(data: str, annotations: str | None, shard: int) -> tuple[int, int]:
+    source = open_source(data, annotations)
+    return shard, sum(1 for _ in source.read(source.shards[shard]))
 
 
 def _write(file: Path, text: str) -> None:

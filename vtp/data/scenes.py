@@ -134,8 +134,13 @@ _STEPS = np.arange(1, _DRAWS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C1
 
 def _uniform(seed: int, index: int) -> Float[ndarray, " n"]:
     """Counter-based numbers in [0, 1): the splitmix64 stream of a key mixed from (seed, index)."""
-    key = _mix(np.array([index], np.uint64) ^ _mix(np.array([seed + 1], np.uint64)))
+    key = _mix(np.array([index], np.uint64) ^ _of_seed(seed))
     return (_mix(key + _STEPS) >> np.uint64(11)) * 2.0**-53
+
+
+@lru_cache(maxsize=64)
+def _of_seed(seed: int) -> ndarray:
+    return _mix(np.array([seed + 1], np.uint64))
 
 
 def _mix(z: ndarray) -> ndarray:

@@ -156,23 +156,31 @@ class Table:
     captions: dict[str, tuple[str, ...]]
     labels: dict[str, dict[str, int]]
     classes: dict[str, tuple[str, ...]]
+    not_utf8: frozenset[str]  # keys whose rows were not
 
     @classmethod
     def load(cls, path: Path, key_columns: Sequence[str]) -> Table:
-        """Read one JSON object a line. Class names are the sorted distinct values of a column."""
+        """Read one JSON object a line; several lines of one key add captions. Class names are the sorted distinct
+        values of a column."""
         if not path.is_file():
             raise ConfigError(f"no annotation file at {path}")
         rows: dict[str, dict[str, Any]] = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        captions: dict[str, tuple[str, ...]] = {}
+        not_utf8 = set()
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
             if not line.strip():
                 continue
+            broken: Counter[str] = Counter()
             try:
-                row = json.loads(line)
+                row = json.loads(_text(line, broken))
                 key = next(row.pop(k) for k in key_columns if k in row)
             except (json.JSONDecodeError, StopIteration, AttributeError) as error:
                 wanted = " or ".join(f'"{k}"' for k in key_columns)
                 raise ConfigError(f"{path}, line {number}: not a JSON object with {wanted} ({error})") from None
-            rows[str(key)] = row
+            rows[str(key)] = rows.get(str(key), {}) | row
+            captions[str(key)] = (*captions.get(str(key), ()), *_captions(row))
+            if broken:
+                not_utf8.add(str(key))
         values: dict[str, set[Any]] = {}
         for row in rows.values():
             for column, value in row.items():
@@ -182,12 +190,13 @@ class Table:
         index = {column: {name: i for i, name in enumerate(names)} for column, names in classes.items()}
         return cls(
             path,
-            {key: _captions(row) for key, row in rows.items()},
+            captions,
             {
                 key: {c: index[c][str(v)] for c, v in row.items() if c in index and isinstance(v, str | int)}
                 for key, row in rows.items()
             },
             classes,
+            frozenset(not_utf8),
         )
 
     def find(self, key: str) -> str | None:
@@ -508,6 +517,8 @@ def _sample(
     row = None if table is None else table.find(key)
     if table is not None and row is not None:
         captions, labels = table.captions[row] or captions, labels | table.labels[row]
+        if row in table.not_utf8:
+            report["caption not UTF-8"] += 1
     if not captions and "class" in labels and folders.classes:
         captions = tuple(t.format(folders.classes["class"][labels["class"]]) for t in CLASS_TEMPLATES)
     if any(len(caption) > MAX_CAPTION for caption in captions):

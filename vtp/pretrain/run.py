@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from vtp import dist
 from vtp.config import ConfigError
@@ -64,12 +62,13 @@ def pretrain(cfg: PretrainConfig) -> Path:
 
 
 def _report_broken(loader: Loader, data: str, file: Path) -> None:
-    """Add the reads that gave nothing to data.json, by reason; a broken sample counts in each epoch that meets it."""
-    broken, reads = left_out(loader.report), loader.report["samples"]
+    """Write data.json: how often samples were read since the run began, and how often in vain, by reason.
+
+    A broken sample counts in each epoch that meets it. With several ranks the counts are those of the last checkpoint.
+    """
+    broken, reads = left_out(loader.total), loader.total["samples"]
     if broken:
         reasons = ", ".join(f"{count} {reason}" for reason, count in broken.items())
         console.print(f"left out of {data}: {reasons}; of {reads:,} reads, each epoch's counted")
     if dist.is_main():
-        before: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"broken": {}}
-        total = {"broken": dict(Counter(before["broken"]) + broken), "reads": before.get("reads", 0) + reads}
-        file.write_text(json.dumps({"data": data} | total, indent=2))
+        file.write_text(json.dumps({"data": data, "reads": reads, "broken": broken}, indent=2))

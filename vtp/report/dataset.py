@@ -33,6 +33,7 @@ def write_inspection(data: str, annotations: str | None, limit: int | None, out:
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=total)
         summary, sheet = inspect(source, limit, lambda n: bar.update(task, completed=n))
+        bar.update(task, completed=summary["samples"], total=summary["samples"])  # those left out on the way as well
     out.mkdir(parents=True, exist_ok=True)
     (out / "inspect.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     sheet.save(out / "contact_sheet.png", optimize=True)
@@ -46,7 +47,7 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """What the terminal and the page show: (name, text)."""
 
     def spread(values: dict[str, float] | None) -> str:
-        return "none" if values is None else "  ".join(f"{name} {value:g}" for name, value in values.items())
+        return "none" if values is None else ", ".join(f"{name} {value:g}" for name, value in values.items())
 
     def listed(counts: dict[Any, int]) -> str:
         return ", ".join(f"{name}: {n:,}" for name, n in counts.items())
@@ -54,13 +55,14 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     found = [
         ("samples read", f"{summary['samples']:,}" + ("" if summary["whole"] else " (a part)")),
         ("usable pictures", f"{summary['usable']:,}, {summary['mean_kilobytes']:,} kB on average"),
-        ("left out or mended", listed(summary["left_out"]) or "none"),
+        ("left out", listed(summary["left_out"]) or "none"),
+        ("mended", listed(summary["mended"]) or "none"),
         ("same bytes as another", f"{summary['repeated']:,}"),
         ("width", spread(summary["width"])),
         ("height", spread(summary["height"])),
         ("width / height", spread(summary["aspect"])),
         ("commonest sizes", listed(summary["commonest_sizes"])),
-        ("captions a picture", listed({f"{k} captions": n for k, n in summary["captions_a_picture"].items()})),
+        ("captions a picture", listed({f"{k} each": n for k, n in summary["captions_a_picture"].items()})),
         ("words a caption", spread(summary["words_a_caption"])),
     ]
     for label, about in summary["labels"].items():
@@ -88,6 +90,6 @@ def _page(summary: dict[str, Any], sheet: bytes) -> str:
         f"Data: {summary['data']}",
         f"<header><h1>{escape(summary['data'])}</h1></header>"
         f'<div class="scroll"><table class="figures"><tbody>{body}</tbody></table></div><h2>Pictures</h2>'
-        f'<div class="scroll"><img alt="contact sheet" src="data:image/jpeg;base64,{data}"></div>'
+        f'<img alt="contact sheet" style="max-width: 100%" src="data:image/jpeg;base64,{data}">'
         f"<details><summary>inspect.json</summary><pre>{escape(json.dumps(summary, indent=2))}</pre></details>",
     )

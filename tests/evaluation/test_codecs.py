@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.tiny import save_tokenizer
 from vtp.config import ConfigError
@@ -79,5 +80,11 @@ def test_bad_folders_are_one_clear_error(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", "block_out_channels": [8, 8, 8]}))
     (tmp_path / "diffusion_pytorch_model.safetensors").touch()
     assert read_make(tmp_path).patch == 4
+    refused(tmp_path, "cannot be read")
+    save_autoencoder(tmp_path / "kl")
+    state = load_file(tmp_path / "kl/diffusion_pytorch_model.safetensors")
+    state.pop("encoder.conv_in.bias")
+    save_file(state, tmp_path / "kl/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    refused(tmp_path / "kl", "'encoder.conv_in.bias' is missing")
     monkeypatch.setitem(sys.modules, "diffusers", None)  # as where it is not installed
     refused(tmp_path, "pip install diffusers")

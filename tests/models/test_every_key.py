@@ -1,6 +1,9 @@
 """Every key and value of the published configuration: names, shapes, files, and the numbers of a plain reference."""
 
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -358,11 +361,37 @@ def test_first_logit_scale(value):
         ("vision_embed_dim", 36),
         ("decoder_num_heads", 5),
         ("text_num_heads", 5),
+        *(
+            (f"{part}_{size}", 0)
+            for part in ("vision", "text", "decoder")
+            for size in ("embed_dim", "num_heads", "depth")
+        ),
+        ("vision_patch_size", 0),
+        *(("vision_feature_bottleneck", value) for value in (0, -4)),
+        *((f"{part}_mlp_ratio", -1) for part in ("vision", "text")),
+        *((f"text_{size}", 0) for size in ("context_length", "vocab_size")),
+        ("image_size", 0),
     ],
 )
 def test_values_that_no_network_can_be_built_from(key, value):
     with pytest.raises(ValueError, match=key):
         VTPModel(VTPConfig(**{**BASE, key: value}))
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("ViTConfig", "patch_size", "16"),
+        ("ViTConfig", "depth", 12.5),
+        ("TextConfig", "mlp_ratio", "4"),
+        ("ModelConfig", "image_size", [256, 256]),
+    ],
+)
+def test_values_of_another_type(part, key, value):
+    """In a process of its own: where tests run, values are checked against their annotations already."""
+    program = f"from vtp.models.config import {part}; {part}({key}={value!r})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert re.search(rf"ValueError: \w*{key}={re.escape(repr(value))} must be a", done.stderr.splitlines()[-1])
 
 
 @pytest.mark.parametrize("n", [[-1], [0, -2], [2], 3, 0, -1, []])

@@ -9,14 +9,17 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tests.models.test_vtp_hf import small
 from vtp.cli import main
 from vtp.config import ConfigError
+from vtp.evaluation.codecs import open_codec
 from vtp.evaluation.results import write_result
 from vtp.files import file_sha256
+from vtp.models.diffusers_vae import AutoencoderVTP
 from vtp.models.latent_stats import ChannelStats, write_stats
-from vtp.models.published import add_evidence, published_stats, write_card
+from vtp.models.published import add_evidence, open_tokenizer, published_stats, write_card
 from vtp.models.vtp_hf import VTPModel
 
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -162,6 +165,58 @@ def test_published_statistics_are_bound_to_the_weights(run, tmp_path):
     assert stats.std == (1.0,) * 8 and stats.count is None
     text = (run / "tokenizer/README.md").read_text()
     assert "each channel (mean 0.0000 to 0.0000; std 1.0000 to 1.0000)" in text
+
+
+def broken(folder, how):
+    """A copy of a tokenizer, spoilt: by a function of its weights, by keys of its configuration, or by bytes."""
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if callable(how):
+        state = load_file(weights)
+        how(state)
+        save_file(state, weights, metadata={"format": "pt"})
+    elif isinstance(how, dict):
+        config.write_text(json.dumps(json.loads(config.read_text()) | how))
+    else:
+        (config if how == b"{oops" else weights).write_bytes(how or weights.read_bytes()[:5000])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (lambda state: state.pop("trunk.norm.weight"), "'trunk.norm.weight' is missing"),
+        (lambda state: state.update(foo=torch.zeros(1)), "'foo' is no part of the network"),
+        (lambda state: state.update({"trunk.norm.weight": torch.zeros(7)}), r"is \[7\], in the network .* \[32\]"),
+        (b"", "cannot be read"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "cannot be read"),
+        (b"{oops", "cannot be read|no tokenizer in"),
+        ({"text_embed_cls": True}, "text_embed_cls=true is not supported"),
+        ({"vision_num_heads": 5}, "vision_num_heads=5"),
+        ({"vision_patch_size": 0}, "vision_patch_size=0 must be a whole number"),
+        ({"model_type": "clip"}, "about a clip|no VTP"),
+    ],
+)
+def test_a_tokenizer_that_is_not_whole_is_refused_by_all_who_open_one(tmp_path, capfd, how, message):
+    small().save_pretrained(tmp_path / "good")
+    folder = broken(tmp_path / "good", how)
+    for use in (open_tokenizer, add_evidence, lambda place: open_codec(place, "cpu"), AutoencoderVTP.from_vtp):
+        with pytest.raises(ConfigError, match=message):
+            use(folder)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(["export", str(folder), "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    said = capfd.readouterr().err
+    assert said.startswith(f"vtp: {tmp_path}") and said.count("\n") == 1
+
+
+def test_the_tokenizer_inside_a_run_or_a_pipeline_is_named(run):
+    with pytest.raises(ConfigError, match="did you mean .*run/tokenizer"):
+        open_tokenizer(run)
+    (run / "tokenizer").rename(run / "vae")
+    for use in (open_tokenizer, open_codec):
+        with pytest.raises(ConfigError, match="did you mean .*run/vae"):
+            use(run)
 
 
 def test_evidence_about_others_is_refused(run, tmp_path):

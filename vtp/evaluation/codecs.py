@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vtp.config import ConfigError
 from vtp.engine.optim import Precision, inference, pick_device
 from vtp.images import from_symmetric, to_symmetric
+from vtp.models.published import check_tokenizer, open_tokenizer, reading, refuse_other_weights, where_instead
 
 WEIGHTS = {"VTP": "model.safetensors", "AutoencoderKL": "diffusion_pytorch_model.safetensors"}
 
@@ -48,25 +49,23 @@ def read_make(folder: Path) -> Make:
     """What kind of tokenizer a folder holds, by its config.json.
 
     Raises:
-        ConfigError: neither a VTP with a decoder nor an AutoencoderKL, or no weights.
+        ConfigError: neither a VTP with a decoder nor an AutoencoderKL, no weights, or a VTP that is not whole.
     """
-    wanted = "it should hold config.json and model.safetensors (VTP) or diffusion_pytorch_model.safetensors (diffusers)"
+    wanted = "config.json and model.safetensors (VTP) or diffusion_pytorch_model.safetensors (diffusers)"
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = "VTP" if config.get("model_type") == "vtp" else str(config.get("_class_name"))
     except (OSError, ValueError, AttributeError):
-        raise ConfigError(f"no tokenizer in {folder}: {wanted}") from None
+        raise ConfigError(f"no tokenizer in {folder}: {where_instead(folder, wanted)}") from None
     if kind not in WEIGHTS:
-        raise ConfigError(f"{folder} is no VTP and no AutoencoderKL: {wanted}")
+        raise ConfigError(f"{folder} is no VTP and no AutoencoderKL: it should hold {wanted}")
     weights = folder / WEIGHTS[kind]
     if not weights.is_file():
-        raise ConfigError(f"no weights in {folder}: {wanted}")
+        raise ConfigError(f"no weights in {folder}: it should hold {wanted}")
     if kind == "AutoencoderKL":
         # its sample_size is what a diffusion model was given, and often just the default
         return Make(kind, weights, None, 2 ** (len(config.get("block_out_channels", [64])) - 1))
-    from vtp.models.vtp_hf import VTPConfig
-
-    known = VTPConfig.from_pretrained(folder)
+    known = check_tokenizer(folder)
     if not known.train_reconstruction:
         raise ConfigError(f"{folder} was trained with train_reconstruction=false: it has no decoder")
     return Make(kind, weights, known.image_size, known.vision_patch_size)
@@ -76,7 +75,7 @@ def open_codec(folder: Path, device: str = "auto", precision: Precision = "fp32"
     """Open a published VTP folder, or a folder of diffusers' AutoencoderKL (latents: the mode of its posterior).
 
     Raises:
-        ConfigError: as `read_make`, or diffusers is not installed.
+        ConfigError: as `read_make`, weights that are not the network's, or diffusers is not installed.
     """
     make = read_make(folder)
     parts = _vtp(folder) if make.kind == "VTP" else _autoencoder_kl(folder)
@@ -96,9 +95,7 @@ class _Parts(NamedTuple):
 
 
 def _vtp(folder: Path) -> _Parts:
-    from vtp.models.vtp_hf import VTPModel
-
-    model: Any = VTPModel.from_pretrained(folder)
+    model: Any = open_tokenizer(folder)
     encode, decode = model.get_reconstruction_latents, model.get_latents_decoded_images
     return _Parts(model, encode, decode, [model.trunk], [model.pixel_decoder])
 
@@ -108,7 +105,11 @@ def _autoencoder_kl(folder: Path) -> _Parts:
         from diffusers import AutoencoderKL
     except ImportError:
         raise ConfigError(f"{folder} is a diffusers AutoencoderKL: pip install diffusers") from None
-    model: Any = AutoencoderKL.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+    options: dict[str, Any] = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True}
+    with reading(folder):
+        loaded: Any = AutoencoderKL.from_pretrained(folder, **options)
+    model, info = loaded
+    refuse_other_weights(folder / WEIGHTS["AutoencoderKL"], info["missing_keys"])
 
     def encode(images: Tensor) -> Tensor:
         return model.encode(to_symmetric(images).clamp(-1, 1)).latent_dist.mode()

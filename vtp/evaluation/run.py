@@ -28,7 +28,7 @@ from vtp.evaluation.results import Seen, write_result
 from vtp.files import file_sha256
 from vtp.images import center_crop, to_uint8
 from vtp.metrics.extractors import Extractor, load_extractor
-from vtp.models.published import tokenizer_weights
+from vtp.models.published import open_tokenizer, tokenizer_weights
 
 FEATURES = {
     "cls": "class token after the final norm",
@@ -67,12 +67,10 @@ class Opened:
     """A published tokenizer on a device, as callables from images to what is judged."""
 
     def __init__(self, folder: Path, cfg: EvalConfig) -> None:
-        from vtp.models.vtp_hf import VTPModel
-
         self.weights = tokenizer_weights(folder)
         self.device, self.precision = pick_device(cfg.device), cfg.precision
-        self.model: Any = VTPModel.from_pretrained(folder).eval()
-        self.model.to(self.device)
+        model: Any = open_tokenizer(folder)
+        self.model = model.to(self.device)
         self.size = self.model.config.image_size if cfg.size is None else cfg.size
         patch = self.model.config.vision_patch_size
         if self.size % patch:

@@ -30,7 +30,7 @@ from vtp.engine.optim import Precision, inference, pick_device
 from vtp.files import file_sha256
 from vtp.images import center_crop, normalise
 from vtp.models.latent_stats import ChannelStats
-from vtp.models.published import tokenizer_weights
+from vtp.models.published import open_tokenizer, tokenizer_weights
 
 STATS = "stats.json"
 
@@ -146,10 +146,8 @@ def encode_latents(
     source = open_source(data, annotations)
     label = _label(source, label)
     target = pick_device(device)
-    from vtp.models.vtp_hf import VTPModel
-
-    model: Any = VTPModel.from_pretrained(tokenizer)
-    model = model.to(target).eval()
+    model: Any = open_tokenizer(tokenizer)
+    model.to(target)
     size, patch = model.config.image_size if size is None else size, model.config.vision_patch_size
     if size < patch or size % patch:
         raise ConfigError(f"size={size} is not a multiple of the tokenizer's patch size {patch}")

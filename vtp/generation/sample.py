@@ -23,6 +23,7 @@ from vtp.flow.times import warped_times
 from vtp.generation.latents import STATS, LatentStats
 from vtp.images import to_uint8
 from vtp.models.dit import LightningDiT
+from vtp.models.published import open_tokenizer
 
 SAMPLERS = {"euler": euler, "heun": heun, "dopri5": dopri5}
 GRID_ROWS, GRID_COLUMNS = 16, 8
@@ -76,7 +77,7 @@ def sample(
     target = pick_device(device)
     model = LightningDiT.from_pretrained(folder).to(target)
     decoder, place = _tokenizer(stats, tokenizer)
-    decoder = decoder.to(target).eval()
+    decoder.to(target)
     times = warped_times(steps + 1, shift)
 
     def pictures(first: int, last: int) -> UInt8[Tensor, "b 3 H W"]:
@@ -160,15 +161,13 @@ def _classes(names: Sequence[str], asked: Sequence[str] | None) -> list[int]:
 
 def _tokenizer(stats: LatentStats, moved: Path | None) -> tuple[Any, Path]:
     """The tokenizer that made the latents, wherever it is now."""
-    from vtp.models.vtp_hf import VTPModel
-
     place = Path(stats.tokenizer) if moved is None else moved
     weights = place / "model.safetensors"
     if not weights.is_file():
         raise ConfigError(f"no tokenizer at {place}; say where it is with --tokenizer")
     if file_sha256(weights) != stats.tokenizer_sha256:
         raise ConfigError(f"the tokenizer at {place} is not the one that made the latents; say where that one is")
-    return VTPModel.from_pretrained(place), place
+    return open_tokenizer(place), place
 
 
 def _grid(rows: dict[str, list[UInt8[np.ndarray, "H W 3"]]]) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,10 @@ class ViTConfig:
     clip_feat: str = "cls"  # cls | pooled (mean of the patch tokens)
 
     def __post_init__(self) -> None:
+        channels = {} if self.feature_bottleneck is None else {"vision_feature_bottleneck": self.feature_bottleneck}
+        _check_whole(vision_patch_size=self.patch_size, vision_depth=self.depth, **channels)
         _check_width("vision", self.embed_dim, self.num_heads, multiple=4)
+        _check_ratio("vision_mlp_ratio", self.mlp_ratio)
         _check_name("vision_ffn_layer", self.ffn_layer, FFN_LAYERS)
         _check_name("vision_norm_layer", self.norm_layer, NORM_LAYERS)
         _check_name("vision_clip_feat", self.clip_feat, ("cls", "pooled"))
@@ -65,7 +69,9 @@ class TextConfig:
     quick_gelu: bool = False  # x * sigmoid(1.702 x) instead of the exact GELU
 
     def __post_init__(self) -> None:
+        _check_whole(text_context_length=self.context_length, text_vocab_size=self.vocab_size, text_depth=self.depth)
         _check_width("text", self.embed_dim, self.num_heads, multiple=1)
+        _check_ratio("text_mlp_ratio", self.mlp_ratio)
         _check_name("text_pool_type", self.pool_type, ("argmax", "first", "last", "none"))
         _check_name("text_proj_type", self.proj_type, ("linear", "none", "mlp", None))
         if self.embed_cls:
@@ -85,6 +91,7 @@ class DecoderConfig:
     use_qk_norm: bool = False
 
     def __post_init__(self) -> None:
+        _check_whole(decoder_depth=self.depth)
         _check_width("decoder", self.embed_dim, self.num_heads, multiple=4)
         _check_name("decoder_ffn_layer", self.ffn_layer, FFN_LAYERS)
         _check_name("decoder_norm_layer", self.norm_layer, NORM_LAYERS)
@@ -106,10 +113,23 @@ class ModelConfig:
     rope_dtype: str = "bf16"  # bf16: rotations as published | fp32: exact ones, for other weights than the official
 
     def __post_init__(self) -> None:
+        _check_whole(image_size=self.image_size)
         _check_name("rope_dtype", self.rope_dtype, ROPE_DTYPES)
 
 
-def _check_width(part: str, embed_dim: int, num_heads: int, multiple: int) -> None:
+def _check_whole(**values: Any) -> None:
+    for key, value in values.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{key}={value!r} must be a whole number of at least 1")
+
+
+def _check_ratio(key: str, value: Any) -> None:
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{key}={value!r} must be a number above 0")
+
+
+def _check_width(part: str, embed_dim: Any, num_heads: Any, multiple: int) -> None:
+    _check_whole(**{f"{part}_embed_dim": embed_dim, f"{part}_num_heads": num_heads})
     if embed_dim % (multiple * num_heads):
         factor = f"{multiple} * " if multiple > 1 else ""
         raise ValueError(

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vtp.images import from_symmetric, to_symmetric
-from vtp.models.published import published_stats
+from vtp.models.published import open_tokenizer, published_stats
 from vtp.models.vtp_hf import DEFAULTS, VTPConfig, VTPModel
 
 try:
@@ -72,11 +72,11 @@ class AutoencoderVTP(ModelMixin, ConfigMixin):  # type: ignore[misc]  # config_n
         """From a published tokenizer folder, without CLIP's parts, with its latent_stats.json if it has one.
 
         Raises:
-            ConfigError: no tokenizer there, or statistics of other weights.
+            ConfigError: no tokenizer there, one that is not whole, or statistics of other weights.
             ValueError: a tokenizer without a decoder.
         """
         stats = published_stats(Path(folder))
-        model = VTPModel.from_pretrained(folder)
+        model = open_tokenizer(Path(folder))
         if not model.config.train_reconstruction:
             raise ValueError(f"the tokenizer in {folder} has no decoder (train_reconstruction=false)")
         mean, std = (0.0, 1.0) if stats is None else stats.overall

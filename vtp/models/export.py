@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vtp.config import ConfigError
 from vtp.models.latent_stats import LATENT_STATS
-from vtp.models.published import published_stats
+from vtp.models.published import open_tokenizer, published_stats
 
 Format = Literal["torch", "onnx"]
 SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}
@@ -71,11 +71,9 @@ def export(tokenizer: Path, out: Path, format: Format = "torch") -> list[Path]:
     if missing:
         raise ConfigError(f"ONNX files need {' and '.join(missing)}: pip install 'vtp[onnx]'")
     stats = published_stats(tokenizer)  # also says whether there is a tokenizer
-    from vtp.models.vtp_hf import VTPModel
-
     changed: dict[str, Any] = {"rope_dtype": "fp32"} if format == "onnx" else {}
-    model: Any = VTPModel.from_pretrained(tokenizer, **changed)
-    model.eval().requires_grad_(False)
+    model: Any = open_tokenizer(tokenizer, **changed)
+    model.requires_grad_(False)
     out.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(out)
     if stats is not None:

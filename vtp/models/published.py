@@ -10,19 +10,100 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
 
 from vtp.config import ConfigError
 from vtp.files import file_sha256
-from vtp.models.card import MARK, latent_channels, model_card
+from vtp.models.card import MARK, model_card
 from vtp.models.latent_stats import LATENT_STATS, ChannelStats, read_stats, write_stats
 
+if TYPE_CHECKING:
+    from vtp.models.vtp_hf import VTPConfig, VTPModel
+
 WEIGHTS, RESULTS, CARD = "model.safetensors", "eval", "README.md"
+
+
+def open_tokenizer(folder: Path, **changed: Any) -> VTPModel:
+    """The tokenizer of a published folder, in evaluation mode and float32, with all of its weights.
+
+    Args:
+        changed: keys of the configuration that are other here than in the file.
+
+    Raises:
+        ConfigError: no tokenizer there, or one that is not whole; see `check_tokenizer`.
+    """
+    from vtp.models.vtp_hf import VTPModel
+
+    check_tokenizer(folder)
+    with reading(folder):
+        return VTPModel.from_pretrained(folder, **changed)
+
+
+def check_tokenizer(folder: Path) -> VTPConfig:
+    """The configuration of a published folder whose weights are those of its network, by the head of their file.
+
+    Raises:
+        ConfigError: no tokenizer there, a configuration that no network can be built from, a file that is cut short or
+            no safetensors file, or a weight that is missing, unknown or of another shape.
+    """
+    from vtp.models.vtp_hf import VTPModel
+
+    weights, config = tokenizer_weights(folder), read_config(folder)
+    with reading(folder), torch.device("meta"), safe_open(weights, "pt") as file:
+        expected = {name: list(tensor.shape) for name, tensor in VTPModel(config).state_dict().items()}
+        found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    refuse_other_weights(weights, expected.keys() - found.keys(), found.keys() - expected.keys())
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise ConfigError(f"{weights}: '{name}' is {found[name]}, in the network of its config.json {shape}")
+    return config
+
+
+def read_config(folder: Path) -> VTPConfig:
+    """The configuration of a published folder.
+
+    Raises:
+        ConfigError: config.json is no JSON, is not about a tokenizer, or says what no network can be built from.
+    """
+    from vtp.models.vtp_hf import VTPConfig
+
+    with reading(folder):
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "vtp")
+        if kind != "vtp":
+            raise ConfigError(f"{folder / 'config.json'} is about a {kind}, not about a vtp")
+        config = VTPConfig.from_pretrained(folder)
+        config.model_config()
+    return config
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Whatever the libraries that read a model folder make of broken files is one ConfigError that names the folder."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(f"{folder} cannot be read: {reason[0]}") from error
+
+
+def refuse_other_weights(where: Path, missing: Iterable[str], unknown: Iterable[str] = ()) -> None:
+    """Raise ConfigError, naming the first, for weights that a network lacks or does not have."""
+    for names, what in ((missing, "is missing"), (unknown, "is no part of the network of its config.json")):
+        first, *others = sorted(names) or [""]
+        if first:
+            more = f" (and so with {len(others)} more)" if others else ""
+            raise ConfigError(
+                f"{where}: '{first}' {what}{more}; the folder must hold the weights and configuration of one model"
+            )
 
 
 def published_stats(folder: Path) -> ChannelStats | None:
@@ -50,12 +131,12 @@ def add_evidence(folder: Path, stats: Path | None = None, results: Sequence[Path
         results: results files of `vtp eval`.
 
     Raises:
-        ConfigError: no such tokenizer or file, or it is about other weights.
+        ConfigError: no such tokenizer or file, a tokenizer that is not whole, or it is about other weights.
     """
-    sha256 = _sha256(folder)
+    config, sha256 = check_tokenizer(folder), _sha256(folder)
     if stats is not None:
         found = read_stats(stats / "stats.json" if stats.is_dir() else stats)
-        channels = latent_channels(_config(folder))
+        channels = config.model_config().vision.latent_dim
         if len(found.mean) != channels:
             raise ConfigError(f"{stats} is of {len(found.mean)} channels; the latents of {folder} have {channels}")
         if found.tokenizer_sha256 not in (None, sha256):
@@ -106,7 +187,7 @@ def write_card(
     saved = json.loads(stats.read_text()) if stats.is_file() else {}
     text = model_card(
         folder.as_posix() if name is None else name,
-        _config(folder),
+        read_config(folder).to_dict(),  # the published default of a key that the file leaves out
         _parameters(folder / WEIGHTS),
         sha256,
         stats=saved if saved.get("tokenizer_sha256") == sha256 else None,
@@ -155,21 +236,22 @@ def tokenizer_weights(folder: Path) -> Path:
     """
     weights = folder / WEIGHTS
     if not weights.is_file() or not (folder / "config.json").is_file():
-        inner = folder / "tokenizer"
-        hint = f"did you mean {inner}?" if inner.is_dir() else f"it should hold config.json and {WEIGHTS}"
-        raise ConfigError(f"no tokenizer in {folder}: {hint}")
+        raise ConfigError(f"no tokenizer in {folder}: {where_instead(folder, f'config.json and {WEIGHTS}')}")
     return weights
+
+
+def where_instead(folder: Path, wanted: str) -> str:
+    """The end of a message about a folder that is no tokenizer: the one inside a run or a pipeline, or what is wanted.
+
+    Args:
+        wanted: what the folder should hold.
+    """
+    inner = [folder / name for name in ("tokenizer", "vae") if (folder / name / "config.json").is_file()]
+    return f"did you mean {inner[0]}?" if inner else f"it should hold {wanted}"
 
 
 def _sha256(folder: Path) -> str:
     return file_sha256(tokenizer_weights(folder))
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """Every published key, with the published default where the file leaves it out."""
-    from vtp.models.vtp_hf import VTPConfig
-
-    return VTPConfig.from_pretrained(folder).to_dict()
 
 
 def _parameters(weights: Path) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Gradient caching: CLIP pairs embedded a micro-batch at a time learn what they learn all at once."""
+"""Gradient caching and prototypes in chunks: losses and gradients are those of everything at once, on 1 rank or 2."""
 
 from dataclasses import replace
 
@@ -9,6 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from tests.pretrain.test_parallel import batches, half
 from vtp.config import ConfigError
 from vtp.engine.parallel import ParallelConfig, whole
+from vtp.objectives import prototypes
 from vtp.pretrain import objectives as objectives_module
 from vtp.pretrain.learner import PretrainLearner
 
@@ -32,7 +33,7 @@ def gradients(cfg, batch):
         losses, _ = learner.forward(batch, 0.05)
     sum(learner.weights[name] * loss for name, loss in losses.items()).backward()
     named = learner.objectives.named_parameters()
-    grads = whole({name: p.grad for name, p in named if p.requires_grad})
+    grads = whole({name: p.grad for name, p in named if p.grad is not None})
     return {name: loss.detach() for name, loss in losses.items()}, grads
 
 
@@ -66,6 +67,12 @@ def test_without_a_shared_view_and_alone(tiny):
     assert_equal(gradients(cached(cfg, 3), batch), gradients(cfg, batch))
 
 
+def in_halves(batch):
+    """The batch with as many of each rank's views reconstructed."""
+    rows = torch.tensor([0, 2, 5, 7])
+    return batch._replace(rec=batch.rec._replace(rows=rows, images=batch.clip.images[rows]))
+
+
 def on_rank(rank, cfg, batch):
     part = half(batch, rank)
     return gradients(cfg, part if cfg.weights.ssl > 0 else part._replace(ssl=None))
@@ -79,8 +86,7 @@ def test_two_ranks_with_cached_gradients_equal_one_process_in_one_pass(tiny, two
     [batch] = batches(cfg, 1)
     if ssl == 0:
         cfg = replace(cfg, weights=replace(cfg.weights, ssl=0.0))
-    rows = torch.tensor([0, 2, 5, 7])  # as many of each rank's views
-    batch = batch._replace(rec=batch.rec._replace(rows=rows, images=batch.clip.images[rows]))
+    batch = in_halves(batch)
     halves = replace(cached(cfg, 3, shard=shard), batch=replace(cfg.batch, clip=4, ssl=3, rec=2))
     (losses0, grads0), (losses1, grads1) = two_ranks(on_rank, halves, batch)
     assert all(torch.equal(grads0[name], grads1[name]) for name in grads0)
@@ -88,6 +94,28 @@ def test_two_ranks_with_cached_gradients_equal_one_process_in_one_pass(tiny, two
     # Gradients of self-distillation are sums of hundreds of terms, in another order on two ranks: test_parallel's 1e-5.
     alone = gradients(cfg, batch if ssl > 0 else batch._replace(ssl=None))
     assert_equal((mean, grads0), alone, 1e-6 if ssl == 0 else 1e-5)
+
+
+def on_rank_in_chunks(rank, cfg, batch):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prototypes, "LOGITS", 7 * cfg.distil.prototypes)
+        patch.setattr(objectives_module.Pretraining, "_compare", None)  # not the plain losses
+        return on_rank(rank, cfg, batch)
+
+
+@pytest.mark.parametrize("centering", ["sinkhorn", "centering"])
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp"])
+def test_two_ranks_with_prototypes_in_chunks_equal_one_process(tiny, two_ranks, centering, shard):
+    cfg = replace(tiny, distil=replace(tiny.distil, centering=centering))
+    [batch] = batches(cfg, 1)
+    batch = in_halves(batch)
+    masked = [int(masks.sum()) for masks in batch.ssl.masks.chunk(2, 1)]
+    assert masked[0] != masked[1]
+    halves = replace(cfg, parallel=ParallelConfig(shard=shard), batch=replace(cfg.batch, clip=4, ssl=3, rec=2))
+    (losses0, grads0), (losses1, grads1) = two_ranks(on_rank_in_chunks, halves, batch)
+    assert all(torch.equal(grads0[name], grads1[name]) for name in grads0)
+    mean = {name: (losses0[name] + losses1[name]) / 2 for name in losses0}
+    assert_equal((mean, grads0), gradients(cfg, batch), 1e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

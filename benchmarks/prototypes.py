@@ -6,7 +6,7 @@
 prototypes, on the GPU where there is one, else on 2 cores. Both are the methods of `Pretraining`, with a head of one
 small layer, so that prototypes and losses are all there is; Sinkhorn balances the teacher. Times are medians of rounds
 that alternate in this process, ratios medians of the rounds' ratios. Memory is what one pass adds to the peak of a
-fresh process (on a CPU: of Linux; the plain losses take about 10 GB).
+fresh process (on a CPU: of Linux; the plain losses take 8 GB).
 """
 
 from __future__ import annotations

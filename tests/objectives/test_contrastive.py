@@ -6,8 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vtp.objectives import blocks
 from vtp.objectives.clip import clip_loss
 from vtp.objectives.siglip import siglip_loss
+
+
+@pytest.fixture(params=[2**24, 1, 12], ids=["at once", "row by row", "two rows"])
+def block(request, monkeypatch):
+    monkeypatch.setattr(blocks, "LOGITS", request.param)
+    return request.param
 
 
 def pairs(seed, b=6, d=5, dtype=torch.float64):
@@ -43,7 +50,7 @@ def scalars(slow, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("fast, slow", [(clip_loss, slow_clip), (siglip_loss, slow_siglip)])
-def test_value_and_gradients_equal_the_loop(fast, slow):
+def test_value_and_gradients_equal_the_loop(fast, slow, block):
     inputs = [*pairs(0), *scalars(slow)]
     got, want = fast(*inputs), slow(*inputs)
     torch.testing.assert_close(got, want)
@@ -80,8 +87,14 @@ def test_a_scale_of_one_element_is_accepted():
     torch.testing.assert_close(clip_loss(x, y, s), clip_loss(x, y, s[0]))
 
 
-def share(rank, fast, image, text, scalars):
+def share(rank, fast, image, text, scalars, block):
     """This rank's loss, and its gradients as DDP would average them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "LOGITS", block)
+        return averaged(rank, fast, image, text, scalars)
+
+
+def averaged(rank, fast, image, text, scalars):
     import torch.distributed as td
 
     inputs = [image.chunk(2)[rank].detach().requires_grad_(), text.chunk(2)[rank].detach().requires_grad_()]
@@ -94,14 +107,37 @@ def share(rank, fast, image, text, scalars):
 
 
 @pytest.mark.parametrize("fast, slow", [(clip_loss, slow_clip), (siglip_loss, slow_siglip)])
-def test_mean_of_two_ranks_is_the_loss_of_one_process(two_ranks, fast, slow):
+def test_mean_of_two_ranks_is_the_loss_of_one_process(two_ranks, fast, slow, block):
     inputs = [*pairs(4), *scalars(slow)]
     whole = fast(*inputs)
     image, text, *rest = torch.autograd.grad(whole, inputs)
     x, y, *scales = (x.detach() for x in inputs)
-    (loss0, grads0), (loss1, grads1) = two_ranks(share, fast, x, y, scales)
+    (loss0, grads0), (loss1, grads1) = two_ranks(share, fast, x, y, scales, block)
     torch.testing.assert_close((loss0 + loss1) / 2, whole.detach())
     torch.testing.assert_close(torch.cat([grads0[0], grads1[0]]), image)
     torch.testing.assert_close(torch.cat([grads0[1], grads1[1]]), text)
     for rank in (grads0, grads1):
         torch.testing.assert_close(rank[2:], rest)
+
+
+@pytest.mark.parametrize("fast, slow", [(clip_loss, slow_clip), (siglip_loss, slow_siglip)])
+def test_no_more_similarities_than_a_block_exist_at_once(fast, slow, monkeypatch):
+    """Of 64 x 64 at most 8 x 64 are ever made, and none is kept for the backward pass."""
+    monkeypatch.setattr(blocks, "LOGITS", 8 * 64)
+    inputs, kept = [*pairs(5, b=64), *scalars(slow)], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        loss = fast(*inputs)
+    assert max(kept) <= 64 * 5  # the features
+
+    made = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            made.extend(x.numel() for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor))
+            return out
+
+    with Watch():
+        loss.backward()
+        fast(*inputs)
+    assert max(made) <= 8 * 64

@@ -9,6 +9,7 @@ from vtp.config import ConfigError
 from vtp.data.augment import finish
 from vtp.data.loader import Loader
 from vtp.data.sources import open_source
+from vtp.objectives import prototypes
 from vtp.objectives.clip import clip_loss
 from vtp.pretrain.config import Weights
 from vtp.pretrain.learner import PretrainLearner
@@ -133,6 +134,28 @@ def test_variants_of_self_distillation(tiny, ae_only, centering):
     assert model.head.mlp[0].in_features == (32 if ae_only else 8)
     assert losses["dino"].isfinite() and 0 <= readings["teacher_entropy_single"] <= readings["teacher_entropy_mean"]
     assert model.center_cls.abs().sum().item() > 0 if centering == "centering" else True
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("centering", ["sinkhorn", "centering"])
+def test_many_logits_are_compared_in_chunks_to_the_same_result(tiny, centering, precision, monkeypatch):
+    cfg = replace(tiny, distil=replace(tiny.distil, centering=centering))
+    batch, results = a_batch(cfg), []
+    for logits in (prototypes.LOGITS, 7 * cfg.distil.prototypes):
+        monkeypatch.setattr(prototypes, "LOGITS", logits)
+        torch.manual_seed(0)
+        model, log = Pretraining(cfg).train(), []
+        calls(model.head, log, "head")
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            losses, readings = model(batch, teacher_temp=0.05)
+        assert len(log) == (not results)  # the head makes logits of all rows, or of none
+        (losses["dino"] + losses["ibot"]).backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append(losses | readings | grads | dict(model.named_buffers()))
+    plain, chunked = results
+    assert plain.keys() == chunked.keys()
+    for name, x in plain.items():
+        assert (chunked[name] - x).norm() <= {"fp32": 1e-5, "bf16": 0.05}[precision] * x.norm() + 1e-7, name
 
 
 def test_siglip_needs_and_uses_its_bias(tiny):

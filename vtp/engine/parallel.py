@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from vtp import dist
+from vtp.config import ConfigError
 from vtp.engine.optim import Precision
 
 
@@ -27,6 +28,11 @@ class ParallelConfig:
     shard: bool = False  # several ranks: parameters, gradients and moments split (FSDP2) instead of copied (DDP)
     recompute: bool = False  # activations computed again in the backward pass: less memory, a third more time
     compile: bool = False  # torch.compile, block by block
+    micro_batch: int = 0  # image-text pairs a rank embeds at a time (gradient caching); 0: all of batch.clip
+
+    def __post_init__(self) -> None:
+        if self.micro_batch < 0:
+            raise ConfigError(f"parallel.micro_batch={self.micro_batch} is negative; 0 embeds the whole batch at once")
 
 
 def parallelise(

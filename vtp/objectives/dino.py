@@ -25,9 +25,15 @@ def dino_loss(
         ValueError: fewer than two student crops, or fewer than the teacher's.
     """
     s, t, images = len(student), len(teacher), student.shape[1]
-    if s < max(2, t):
-        raise ValueError(f"dino_loss: {s} student crops for {t} teacher crops; needs two or more, the teacher's first")
+    pairs = crop_pairs(s, t)
     log_q_global, log_q_local = (student / student_temp).log_softmax(-1).split([t, s - t])
     everyone = teacher.sum(0)  # [b, k]; a sum over pairs is a product of sums, so no [t, s, b, k] is made
     cross = ((everyone - teacher) * log_q_global).sum() + (everyone * log_q_local.sum(0)).sum()
-    return -cross / ((t * s - t) * images)
+    return -cross / (pairs * images)
+
+
+def crop_pairs(s: int, t: int) -> int:
+    """How many pairs of a teacher crop and another student crop there are; ValueError for crops that make none."""
+    if s < max(2, t):
+        raise ValueError(f"dino_loss: {s} student crops for {t} teacher crops; needs two or more, the teacher's first")
+    return t * s - t

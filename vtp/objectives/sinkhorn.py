@@ -22,17 +22,17 @@ def sinkhorn_knopp(logits: Float[Tensor, "m k"], temp: float, iterations: int = 
     """
     log_q = logits / temp
     for _ in range(iterations):
-        log_q -= _logsumexp_over_rows(log_q)
+        log_q -= logsumexp_over_ranks(log_q.logsumexp(0))
         log_q -= log_q.logsumexp(1, keepdim=True)
     return log_q.exp_()
 
 
-def _logsumexp_over_rows(x: Float[Tensor, "m k"]) -> Float[Tensor, " k"]:
-    """log sum exp of every column over the rows of all ranks; float64 where only k numbers are at stake."""
-    local = x.logsumexp(0).double()
+def logsumexp_over_ranks(of_rows: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+    """log sum exp over the ranks of their own rows' log sum exp; float64 where only k numbers are at stake."""
+    local = of_rows.double()
     largest = dist.gather(local.amax()[None]).amax()
     total = dist.sum_((local - largest).exp()).clamp_min(torch.finfo(torch.float64).tiny)  # e^-708: no column is lost
-    return (total.log() + largest).to(x.dtype)
+    return (total.log() + largest).to(of_rows.dtype)
 
 
 @torch.no_grad()
@@ -58,6 +58,14 @@ def entropies(probs: Float[Tensor, "m k"]) -> tuple[Float[Tensor, ""], Float[Ten
     A teacher that gives every image the same sharp answer has both near 0; one that answers nothing has both near
     ln k; a healthy one has the first near ln k and the second well below it. Every rank must call this.
     """
-    rows = dist.sum_(probs.new_tensor(float(len(probs))))
-    mean = dist.sum_(probs.sum(0)) / rows
-    return torch.special.entr(mean).sum(), dist.sum_(torch.special.entr(probs).sum()) / rows
+    return entropies_of_sums(len(probs), probs.sum(0), torch.special.entr(probs).sum())
+
+
+@torch.no_grad()
+def entropies_of_sums(
+    rows: int, probs: Float[Tensor, " k"], entropies: Float[Tensor, ""]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """`entropies` from the number of this rank's rows, the sum of their probabilities and that of their entropies."""
+    everyone = dist.sum_(probs.new_tensor(float(rows)))
+    mean = dist.sum_(probs) / everyone
+    return torch.special.entr(mean).sum(), dist.sum_(entropies) / everyone

@@ -12,13 +12,15 @@ from typing import NamedTuple, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from vtp.data.batches import Batch, SSLBatch
+from vtp.data.batches import Batch, ClipBatch, SSLBatch
 from vtp.models.dino_head import DINOHead
 from vtp.models.ema import EMATeacher
 from vtp.models.layers import scale_init
 from vtp.models.vit import Tokens, ViT
 from vtp.models.vtp_hf import VTPConfig, VTPModel
+from vtp.objectives import prototypes
 from vtp.objectives.clip import clip_loss
 from vtp.objectives.dino import dino_loss
 from vtp.objectives.ibot import ibot_loss
@@ -87,16 +89,13 @@ class Pretraining(nn.Module):
         student, drop = self.student, self.cfg.drop_path
         losses: dict[str, Tensor] = {}
         readings: dict[str, Tensor] = {}
+        shared: Tokens | None = None
         if batch.clip is not None:
-            tokens = student.trunk(batch.clip.images, drop_path=drop.clip)
-            losses["clip"] = self._contrast(tokens, batch.clip.tokens)
+            image, words, shared = self._embed(batch.clip, None if batch.rec is None else batch.rec.rows)
+            losses["clip"] = self._contrast(image, words)
             readings["logit_scale"] = student.logit_scale.detach().exp().mean()
         if batch.rec is not None:
-            if batch.rec.rows is None:
-                rec_tokens = student.trunk(batch.rec.images, drop_path=drop.rec)
-            else:
-                rows = batch.rec.rows
-                rec_tokens = Tokens(tokens.cls[rows], tokens.patches[rows], tokens.grid)
+            rec_tokens = shared if shared is not None else student.trunk(batch.rec.images, drop_path=drop.rec)
             assert batch.rec.images is not None  # `finish` filled it
             losses |= self._reconstruction(rec_tokens, batch.rec.images)
         if batch.ssl is not None:
@@ -105,14 +104,50 @@ class Pretraining(nn.Module):
             readings |= ssl_readings
         return Objectives(losses, readings)
 
-    def _contrast(self, tokens: Tokens, text: Tensor) -> Tensor:
-        """InfoNCE or SigLIP between image and text."""
+    def _embed(self, clip: ClipBatch, rows: Tensor | None) -> tuple[Tensor, Tensor, Tokens | None]:
+        """Features of images and of texts, and the tokens of the views at `rows`, which reconstruction shares.
+
+        Of more pairs than a micro-batch holds, gradients are cached (Gao et al. 2021): each micro-batch is embedded,
+        what its layers hold is dropped, and when the loss has given the gradients of all features each is embedded
+        again, from the same random state, and its gradients go back. This is a checkpoint around a micro-batch: one
+        forward and one backward pass for DDP and FSDP2. The pairs come in another order, with those at `rows` first.
+        """
+        size, n, n_shared = self.cfg.parallel.micro_batch, len(clip.images), 0 if rows is None else len(rows)
+        if size == 0 or n <= size:
+            return self._embed_at_once(clip, rows)
+
+        def embed(pairs: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor, Tokens | None]:
+            # A weight's bfloat16 copy that all micro-batches shared would sum their gradients in bfloat16.
+            torch.clear_autocast_cache()
+            return self._embed_at_once(ClipBatch(clip.images[pairs], clip.tokens[pairs]), kept)
+
+        rank = torch.arange(n, 2 * n, device=clip.images.device)
+        if rows is not None:
+            rank[rows] = torch.arange(n_shared, device=rank.device)
+        images, texts, tokens = [], [], []
+        for i, pairs in enumerate(rank.argsort().split(size)):
+            kept = None if rows is None else torch.arange(min(max(0, n_shared - i * size), size), device=rank.device)
+            image, words, shared = checkpoint(embed, pairs, kept, use_reentrant=False)
+            images.append(image)
+            texts.append(words)
+            tokens.append(shared)
+        if rows is not None:
+            cls, patches = (torch.cat([t[j] for t in tokens]) for j in range(2))
+            shared = Tokens(cls, patches, tokens[0].grid)
+        return torch.cat(images), torch.cat(texts), shared
+
+    def _embed_at_once(self, clip: ClipBatch, rows: Tensor | None) -> tuple[Tensor, Tensor, Tokens | None]:
         student = self.student
-        image, words = student.clip_image(tokens), student.get_clip_text_feature(text)
-        scale = student.logit_scale.exp()
+        tokens = student.trunk(clip.images, drop_path=self.cfg.drop_path.clip)
+        shared = None if rows is None else Tokens(tokens.cls[rows], tokens.patches[rows], tokens.grid)
+        return student.clip_image(tokens), student.get_clip_text_feature(clip.tokens), shared
+
+    def _contrast(self, image: Tensor, words: Tensor) -> Tensor:
+        """InfoNCE or SigLIP between image and text."""
+        scale = self.student.logit_scale.exp()
         if self.cfg.contrast == "siglip":
-            assert student.logit_bias is not None  # PretrainConfig saw to it
-            return siglip_loss(image, words, scale, student.logit_bias)
+            assert self.student.logit_bias is not None  # PretrainConfig saw to it
+            return siglip_loss(image, words, scale, self.student.logit_bias)
         return clip_loss(image, words, scale)
 
     def _reconstruction(self, tokens: Tokens, images: Tensor) -> dict[str, Tensor]:
@@ -136,8 +171,7 @@ class Pretraining(nn.Module):
 
         with torch.no_grad():
             trunk = cast(ViT, self.teacher["trunk"])
-            logits = self.teacher["head"](self._read(trunk(crops), masked, trunk)).float()
-            cls_targets, patch_targets = self._targets(logits, n_global * batch, teacher_temp)
+            teacher = self._read(trunk(crops), masked, trunk)
 
         drop = self.cfg.drop_path.ssl
         glob = self.student.trunk(crops, masks=ssl.masks.flatten(0, 1), drop_path=drop)
@@ -145,19 +179,52 @@ class Pretraining(nn.Module):
         if len(ssl.local_crops):
             local = self.student.trunk(ssl.local_crops.flatten(0, 1), drop_path=drop)
             parts.append(self._width(local.cls, self.student.trunk))
-        student = self.head(torch.cat(parts)).float()
-        n_cls, n_masked = n_global * batch, len(masked)
-        cls_logits = torch.cat([student[:n_cls], student[n_cls + n_masked :]])  # global crops, then local ones
-        temp = self.cfg.distil.student_temp
-        losses = {
-            "dino": dino_loss(cls_logits.unflatten(0, (-1, batch)), cls_targets.unflatten(0, (n_global, batch)), temp),
-            "ibot": ibot_loss(student[n_cls : n_cls + n_masked], patch_targets, ssl.mask_weights, temp),
-        }
+        # By shapes alone, which are those of all ranks: were every patch masked, would the logits be many?
+        rows = n_global * batch + ssl.masks.numel() + len(ssl.local_crops) * batch
+        many = rows * self.cfg.distil.prototypes > prototypes.LOGITS
+        compare = self._compare_in_chunks if many else self._compare
+        losses, readings = compare(torch.cat(parts), teacher, ssl, teacher_temp)
         if self.cfg.weights.koleo > 0:
             losses["koleo"] = torch.stack([koleo_loss(c) for c in glob.cls.chunk(n_global)]).mean()
-        mean, single = entropies(cls_targets)
-        readings = {"teacher_entropy_mean": mean, "teacher_entropy_single": single}
         return losses, readings
+
+    def _compare(
+        self, student: Tensor, teacher: Tensor, ssl: SSLBatch, teacher_temp: float
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """DINO and iBOT of what goes through the heads: global class tokens, masked patches, local class tokens."""
+        n_global, batch = ssl.global_crops.shape[:2]
+        n_cls, n_masked, temp = n_global * batch, len(ssl.mask_indices), self.cfg.distil.student_temp
+        with torch.no_grad():
+            cls_targets, patch_targets = self._targets(self.teacher["head"](teacher).float(), n_cls, teacher_temp)
+        glob, patches, local = self.head(student).float().tensor_split([n_cls, n_cls + n_masked])
+        crops = torch.cat([glob, local]).unflatten(0, (-1, batch))
+        losses = {
+            "dino": dino_loss(crops, cls_targets.unflatten(0, (n_global, batch)), temp),
+            "ibot": ibot_loss(patches, patch_targets, ssl.mask_weights, temp),
+        }
+        mean, single = entropies(cls_targets)
+        return losses, {"teacher_entropy_mean": mean, "teacher_entropy_single": single}
+
+    def _compare_in_chunks(
+        self, student: Tensor, teacher: Tensor, ssl: SSLBatch, teacher_temp: float
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The same without the logits of all rows."""
+        n_global, batch = ssl.global_crops.shape[:2]
+        n_cls, n_masked, temp = n_global * batch, len(ssl.mask_indices), self.cfg.distil.student_temp
+        with torch.no_grad():
+            head = cast(DINOHead, self.teacher["head"])
+            embedded, weight = head.embed(teacher), prototypes.rounded(head.last_layer.weight())
+            cls_teacher = self._teacher(embedded[:n_cls], weight, "center_cls", teacher_temp)
+            patch_teacher = self._teacher(embedded[n_cls:], weight, "center_patch", teacher_temp)
+        weight = self.head.last_layer.weight()
+        glob, patches, local = self.head.embed(student).tensor_split([n_cls, n_cls + n_masked])
+        crops = torch.cat([glob, local]).unflatten(0, (-1, batch))
+        losses = {
+            "dino": prototypes.dino_loss(crops, weight, cls_teacher, temp),
+            "ibot": prototypes.ibot_loss(patches, weight, patch_teacher, ssl.mask_weights, temp),
+        }
+        mean, single = prototypes.teacher_entropies(cls_teacher)
+        return losses, {"teacher_entropy_mean": mean, "teacher_entropy_single": single}
 
     def _read(self, tokens: Tokens, masked: Tensor, trunk: ViT) -> Float[Tensor, "rows d"]:
         """Class tokens, then the patches at the masked places: what goes through the head."""
@@ -178,3 +245,13 @@ class Pretraining(nn.Module):
             self.center_cls = update_center(self.center_cls, cls, momentum=0.9)
             self.center_patch = update_center(self.center_patch, patches, momentum=0.9)
         return targets
+
+    def _teacher(self, embedded: Tensor, weight: Tensor, center: str, temp: float) -> prototypes.Teacher:
+        """The same for rows of one kind, without their logits."""
+        if self.cfg.distil.centering == "sinkhorn":
+            return prototypes.Teacher(embedded, weight, temp, prototypes.sinkhorn_offsets(embedded, weight, temp))
+        before = getattr(self, center)
+        if self.training:
+            mean = prototypes.mean_logits(embedded, weight)
+            setattr(self, center, update_center(before, mean[None], momentum=0.9))
+        return prototypes.Teacher(embedded, weight, temp, before / temp)

@@ -15,6 +15,7 @@ from vtp import config
 from vtp.data.loader import Loader
 from vtp.data.sources import open_source
 from vtp.engine import checkpoint
+from vtp.engine.logging import MACHINE
 from vtp.engine.parallel import ParallelConfig, whole
 from vtp.pretrain import learner as learner_module
 from vtp.pretrain.learner import PretrainLearner
@@ -98,7 +99,7 @@ def torchrun(*words, options=()):
 
 def records(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MACHINE} for line in lines]
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor
 from vtp import config
 from vtp.cli import main
 from vtp.config import ConfigError
+from vtp.engine.logging import MACHINE
 from vtp.engine.loop import NonFiniteError
 from vtp.engine.optim import OptimConfig
 from vtp.models.vtp_hf import VTPModel
@@ -26,7 +27,7 @@ from vtp.schedules import WarmupCosine
 
 def science(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MACHINE} for line in lines]
 
 
 def picture(i, size=24):

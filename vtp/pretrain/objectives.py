@@ -12,6 +12,7 @@ from typing import NamedTuple, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from vtp.data.batches import Batch, SSLBatch
 from vtp.models.dino_head import DINOHead
@@ -45,10 +46,14 @@ class Pretraining(nn.Module):
 
     center_cls: Tensor
     center_patch: Tensor
+    felt: dict[
+        str, Tensor
+    ]  # by objective: squared norm of what it sends to the trunk's output, after the backward pass
 
     def __init__(self, cfg: PretrainConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        self.felt = {}
         weights = cfg.weights
         model = dataclasses.replace(cfg.model, train_clip=weights.clip > 0, train_reconstruction=weights.rec > 0)
         self.student = VTPModel(VTPConfig.from_model_config(model))
@@ -87,23 +92,42 @@ class Pretraining(nn.Module):
         student, drop = self.student, self.cfg.drop_path
         losses: dict[str, Tensor] = {}
         readings: dict[str, Tensor] = {}
+        self.felt.clear()
         if batch.clip is not None:
-            tokens = student.trunk(batch.clip.images, drop_path=drop.clip)
-            losses["clip"] = self._contrast(tokens, batch.clip.tokens)
-            readings["logit_scale"] = student.logit_scale.detach().exp().mean()
+            with record_function("clip"):
+                tokens = student.trunk(batch.clip.images, drop_path=drop.clip)
+                losses["clip"] = self._contrast(self._feel("clip", tokens), batch.clip.tokens)
+                readings["logit_scale"] = student.logit_scale.detach().exp().mean()
         if batch.rec is not None:
-            if batch.rec.rows is None:
-                rec_tokens = student.trunk(batch.rec.images, drop_path=drop.rec)
-            else:
-                rows = batch.rec.rows
-                rec_tokens = Tokens(tokens.cls[rows], tokens.patches[rows], tokens.grid)
-            assert batch.rec.images is not None  # `finish` filled it
-            losses |= self._reconstruction(rec_tokens, batch.rec.images)
+            with record_function("rec"):
+                if batch.rec.rows is None:
+                    rec_tokens = student.trunk(batch.rec.images, drop_path=drop.rec)
+                else:
+                    rows = batch.rec.rows
+                    rec_tokens = Tokens(tokens.cls[rows], tokens.patches[rows], tokens.grid)
+                assert batch.rec.images is not None  # `finish` filled it
+                losses |= self._reconstruction(self._feel("rec", rec_tokens), batch.rec.images)
         if batch.ssl is not None:
-            ssl_losses, ssl_readings = self._self_distillation(batch.ssl, teacher_temp)
+            with record_function("ssl"):
+                ssl_losses, ssl_readings = self._self_distillation(batch.ssl, teacher_temp)
             losses |= ssl_losses
             readings |= ssl_readings
         return Objectives(losses, readings)
+
+    def _feel(self, objective: str, tokens: Tokens) -> Tokens:
+        """The same tokens; the squared norm of the gradient that comes back through them is added to `felt`."""
+        squares = self.felt.setdefault(objective, torch.zeros((), device=tokens.cls.device))
+
+        def add(gradient: Tensor) -> None:
+            squares.add_(gradient.float().square().sum())
+
+        def own(x: Tensor) -> Tensor:
+            x = x.view_as(x)  # a tensor of this objective's own: others may read the same
+            if x.requires_grad:
+                x.register_hook(add)
+            return x
+
+        return Tokens(own(tokens.cls), own(tokens.patches), tokens.grid)
 
     def _contrast(self, tokens: Tokens, text: Tensor) -> Tensor:
         """InfoNCE or SigLIP between image and text."""
@@ -134,16 +158,16 @@ class Pretraining(nn.Module):
         crops = ssl.global_crops.flatten(0, 1)  # [2B, 3, G, G]
         masked = ssl.mask_indices
 
-        with torch.no_grad():
+        with torch.no_grad(), record_function("teacher"):
             trunk = cast(ViT, self.teacher["trunk"])
             logits = self.teacher["head"](self._read(trunk(crops), masked, trunk)).float()
             cls_targets, patch_targets = self._targets(logits, n_global * batch, teacher_temp)
 
         drop = self.cfg.drop_path.ssl
-        glob = self.student.trunk(crops, masks=ssl.masks.flatten(0, 1), drop_path=drop)
+        glob = self._feel("ssl", self.student.trunk(crops, masks=ssl.masks.flatten(0, 1), drop_path=drop))
         parts = [self._read(glob, masked, self.student.trunk)]  # [2B + M, d]
         if len(ssl.local_crops):
-            local = self.student.trunk(ssl.local_crops.flatten(0, 1), drop_path=drop)
+            local = self._feel("ssl", self.student.trunk(ssl.local_crops.flatten(0, 1), drop_path=drop))
             parts.append(self._width(local.cls, self.student.trunk))
         student = self.head(torch.cat(parts)).float()
         n_cls, n_masked = n_global * batch, len(masked)
@@ -157,6 +181,8 @@ class Pretraining(nn.Module):
             losses["koleo"] = torch.stack([koleo_loss(c) for c in glob.cls.chunk(n_global)]).mean()
         mean, single = entropies(cls_targets)
         readings = {"teacher_entropy_mean": mean, "teacher_entropy_single": single}
+        if self.cfg.distil.centering == "centering":
+            readings["center_norm"] = self.center_cls.norm()
         return losses, readings
 
     def _read(self, tokens: Tokens, masked: Tensor, trunk: ViT) -> Float[Tensor, "rows d"]:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from vtp.pretrain.learner import PretrainLearner
 from vtp.tokenizers import get_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 def batches(cfg, n):
@@ -91,10 +94,8 @@ def torchrun(*words, options=()):
         program, words = ["--no-python", sys.executable, "-c"], words[1:]
     else:
         program, words = ["-m", "vtp", "pretrain"], words
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
-    command = [*launcher, *program, *words]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120)
+    command = [*LAUNCHER, *options, *program, *words]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=120)
 
 
 def records(run):
@@ -167,3 +168,63 @@ def test_a_checkpoint_goes_from_one_rank_to_two_and_back(setting, two_ranks, tmp
     before = {**tensors["objectives"], **{f"{n}.m": m["exp_avg"] for n, m in tensors["optimizer"].items()}}
     for name, x in before.items():
         assert torch.equal(x, on_two[name]) and torch.equal(x, on_one[name]), name
+
+
+def test_sigterm_to_torchrun_saves_on_all_ranks_and_leaves(tiny, tmp_path):
+    """As SLURM does it: the launcher gets the signal, the ranks agree on a step, save, say how to go on, exit 0."""
+    cfg = replace(tiny, steps=100_000, loop=replace(tiny.loop, save_every=5))
+    (tmp_path / "tiny.yaml").write_text(config.dump(cfg))
+    run = Path(tiny.out)
+    process = subprocess.Popen(
+        [*LAUNCHER, "-m", "vtp", "pretrain", str(tmp_path / "tiny.yaml")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        cwd=ROOT,
+    )
+    deadline = time.monotonic() + 100
+    while not checkpoint.complete(run / "checkpoints"):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.terminate()
+    said = " ".join(process.communicate(timeout=60)[1].split())
+    done = int(checkpoint.complete(run / "checkpoints")[-1].name.removeprefix("step_"))
+    assert f"stopped at step {done} of 100000; the same command goes on from there" in said
+    assert records(run)[-1]["step"] == done
+    assert 'Traceback (most recent call last): File "<' not in said and "exitcode: 1" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp"])
+def test_compiled_ranks(setting, two_ranks, shard):
+    cfg, data = setting
+    parallel = ParallelConfig(compile=True, shard=shard)
+    ranks = two_ranks(compiled, replace(cfg, batch=replace(cfg.batch, clip=4, ssl=3, rec=2), parallel=parallel), data)
+    assert ranks[0] == ranks[1]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same_and_are_compiled_once(setting):
+    compiled(None, replace(setting[0], parallel=ParallelConfig(compile=True)), setting[1])
+
+
+def compiled(rank, cfg, whole_batches):
+    """Losses of compiled steps: those of plain ones, and after the first round of batches nothing compiles again."""
+    parts = whole_batches if rank is None else [half(batch, rank) for batch in whole_batches]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    learner = PretrainLearner(cfg, torch.device("cpu"))
+    losses = [float(learner.learn(part, i + 1)["total"]) for i, part in enumerate(parts)]
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for part in parts:
+            learner.learn(part, 4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    torch.manual_seed(0)
+    plain = PretrainLearner(replace(cfg, parallel=replace(cfg.parallel, compile=False)), torch.device("cpu"))
+    expected = [float(plain.learn(part, i + 1)["total"]) for i, part in enumerate(parts)]
+    assert losses == pytest.approx(expected, rel=1e-4)
+    return losses

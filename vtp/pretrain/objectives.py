@@ -84,6 +84,13 @@ class Pretraining(nn.Module):
         if hasattr(self, "teacher"):
             self.teacher.follow(self._followed[0], momentum)
 
+    def published(self, whose: str) -> dict[str, Tensor]:
+        """Weights of the tokenizer by its own names: the student's, or with the trunk of the `teacher`."""
+        weights = self.student.state_dict()
+        if whose == "teacher":
+            weights |= {f"trunk.{name}": x for name, x in self.teacher["trunk"].state_dict().items()}
+        return weights
+
     def forward(self, batch: Batch, teacher_temp: float) -> Objectives:
         """Losses of one batch whose images are ImageNet-normalised floats.
 

@@ -21,7 +21,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 GROUND = sys.stdlib_module_names | {"torch", "omegaconf", "jaxtyping"}  # all that floor 0 stands on
 SLOW = {  # seconds to import, so imported by the function that needs them
     *("transformers", "open_clip", "torchmetrics", "torch_fidelity", "lpips", "diffusers", "matplotlib", "sklearn"),
-    *("onnx", "onnxscript", "onnxruntime"),
+    *("onnx", "onnxscript", "onnxruntime", "wandb"),
     *("scipy", "webdataset", "torchvision", "tensorboard", "datasets", "timm"),
 }
 SUBCLASSES = {  # who subclasses whose classes, and so imports them at once

@@ -26,7 +26,7 @@ COMMAND = re.compile(r"^(?:    |`)(?:\S*bin/|torchrun .*-m )?vtp (\S.*?)(?:`| # 
 )
 def test_printed_commands_parse(page, command, capsys):
     words = shlex.split(command)
-    if words[0] in ("pretrain", "train-dit") and not words[1].endswith(".yaml"):
+    if words[0] in ("pretrain", "profile", "train-dit") and not words[1].endswith(".yaml"):
         main([*words, *([] if "--dry-run" in words else ["--dry-run"])])
         assert "optim:" in capsys.readouterr().out
     else:

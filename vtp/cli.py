@@ -48,6 +48,11 @@ def _parser() -> argparse.ArgumentParser:
     p = _command(commands, "pretrain", pretrain, "pre-train a tokenizer")
     _recipe(p, PRETRAIN)
 
+    p = _command(commands, "profile", profile, "a few steps of a pre-training run: where their time goes, and a trace")
+    _recipe(p, PRETRAIN)
+    p.add_argument("--out", type=Path, default=Path("profile"), metavar="DIR", help="default: profile")
+    p.add_argument("--steps", type=int, default=3, metavar="N", help="steps looked at, behind two to warm up (3)")
+
     about_data = _group(commands, "data", "look at data, and pack them for training")
     p = _command(about_data, "inspect", inspect_data, "counts, sizes, captions, duplicates, broken files, pictures")
     p.add_argument("data", metavar="DATA")
@@ -256,6 +261,24 @@ def pretrain(args: argparse.Namespace) -> None:
             from vtp.pretrain.run import pretrain
 
             pretrain(cfg)
+
+
+def profile(args: argparse.Namespace) -> None:
+    """vtp profile"""
+    from rich import print as show
+
+    from vtp.config import ConfigError
+    from vtp.pretrain.config import PretrainConfig
+    from vtp.recipes import pretrain_recipe
+
+    if args.steps < 1:
+        raise ConfigError("--steps must be at least 1")
+    cfg = _resolve(args, pretrain_recipe, PretrainConfig)
+    if not args.dry_run:
+        from vtp.pretrain.profile import profile_step
+
+        show(profile_step(cfg, args.out, args.steps))
+        print(f"wrote {args.out / 'trace.json'}, profile.json")
 
 
 def train_dit(args: argparse.Namespace) -> None:

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import signal
+import sys
+import time
 from dataclasses import dataclass, replace
 
 import pytest
@@ -11,8 +13,10 @@ import torch
 
 from vtp.config import ConfigError
 from vtp.engine import checkpoint
+from vtp.engine.logging import MACHINE, MetricsLog
 from vtp.engine.loop import LoopConfig, NonFiniteError, open_run, train
 from vtp.engine.optim import OptimConfig, adamw, optimizer_tensors, set_schedule, update
+from vtp.engine.speed import matmul_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +83,7 @@ def lines(path):
 
 
 def science(path):
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines(path)]
+    return [{k: v for k, v in line.items() if k not in MACHINE} for line in lines(path)]
 
 
 def test_a_stopped_and_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path):
@@ -224,3 +228,59 @@ def test_tensorboard_holds_what_the_record_holds(tmp_path):
     recorded = [(line["step"], line["total"]) for line in lines(tmp_path)]
     assert [s for s, _ in written] == [s for s, _ in recorded]
     torch.testing.assert_close(torch.tensor([v for _, v in written]), torch.tensor([v for _, v in recorded]))
+
+
+@pytest.mark.slow
+def test_weights_and_biases_is_told_what_the_record_holds(tmp_path, monkeypatch):
+    """Offline, and one run of theirs for one folder of ours, also after a resume."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    loop = LoopConfig(log_every=2, save_every=4, wandb=True)
+    for steps in (4, 6):
+        train(Line(), Counting(), steps, 0, loop, tmp_path, "t")
+    files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert {file.name for file in files} == {f"run-{(tmp_path / 'wandb_id.txt').read_text()}.wandb"}
+    told = b"".join(file.read_bytes() for file in files)
+    assert all(repr(line["total"]).encode() in told for line in lines(tmp_path))
+
+
+def test_what_a_line_says_of_the_machine(tmp_path):
+    class Slow(Counting):
+        def __iter__(self):
+            for batch in super().__iter__():
+                time.sleep(0.02)
+                yield batch
+
+    class Known(Line):
+        def step(self, batch, step):
+            time.sleep(0.02)
+            return {**super().step(batch, step), "ideal_seconds": 0.01}
+
+    train(Known(), Slow(), 6, 0, LoopConfig(log_every=3, save_every=6), tmp_path, "t")
+    for line in lines(tmp_path):
+        assert 0.2 < line["data_wait"] < 0.7  # of 20 ms each, and what else a step takes
+        assert 0.01 / 0.2 < line["utilisation"] < 0.01 / 0.04
+        assert 0.05 < line["memory_gb"] < 100
+        assert "ideal_seconds" not in line
+
+
+def test_a_reader_that_is_missing_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"loop.wandb=true needs .*pip install 'vtp\[wandb\]'"):
+        train(Line(), Counting(), 1, 0, LoopConfig(wandb=True), tmp_path, "t")
+
+
+def test_a_record_that_cannot_be_written_stops_the_run(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    log.path.unlink()
+    log.path.mkdir()  # as a full disk, or a folder taken away
+    log.write(1, {"total": 1.0})
+    with pytest.raises(OSError):
+        log.write(2, {"total": 1.0})
+    log.close()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_matmul_rate_is_a_rate(precision):
+    assert 1e9 < matmul_rate(torch.device("cpu"), precision) < 1e14

@@ -177,3 +177,35 @@ def test_one_step_under_bf16_with_stochastic_depth(tiny):
     metrics = learner.step(next(loader), 0)
     assert all(torch.as_tensor(value).isfinite() for value in metrics.values())
     assert set(Weights().by_loss()) <= set(metrics)
+
+
+def test_what_each_objective_sends_into_the_trunk(tiny):
+    """`felt` is the gradient of its losses at the trunk's outputs, objective by objective, though they share a pass."""
+    model, batch = Pretraining(tiny), a_batch(tiny)
+    outputs = []
+
+    def keep(_module, _args, tokens):
+        outputs.append(tokens._replace(cls=tokens.cls.clone(), patches=tokens.patches.clone()))
+        return outputs[-1]
+
+    model.student.trunk.register_forward_hook(keep)
+    losses, _ = model(batch, teacher_temp=0.05)
+    sum(losses.values()).backward(retain_graph=True)
+    read = {"clip": outputs[:1], "rec": outputs[:1], "ssl": outputs[1:]}
+    own = {"clip": ["clip"], "rec": ["l1", "perceptual"], "ssl": ["dino", "ibot", "koleo"]}
+    found = {name: float(squares) for name, squares in model.felt.items()}
+    assert found.keys() == own.keys()
+    for name, parts in own.items():
+        tensors = [x for tokens in read[name] for x in (tokens.cls, tokens.patches)]
+        loss = sum(losses[part] for part in parts)
+        gradients = torch.autograd.grad(loss, tensors, allow_unused=True, retain_graph=True)
+        expected = sum(g.square().sum() for g in gradients if g is not None)
+        assert found[name] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_step_says_what_is_watched(tiny):
+    cfg = replace(tiny, distil=replace(tiny.distil, centering="centering"))
+    record = PretrainLearner(cfg, torch.device("cpu")).learn(a_batch(cfg), 1)
+    watched = {"grad_norm", "grad_clip", "grad_ssl", "grad_rec", "logit_scale", "center_norm", "ideal_seconds"}
+    watched |= {"teacher_entropy_mean", "teacher_entropy_single"}
+    assert watched <= record.keys() and all(float(record[name]) > 0 for name in watched - {"center_norm"})

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +17,15 @@ from vtp import config
 from vtp.data.loader import Loader
 from vtp.data.sources import open_source
 from vtp.engine import checkpoint
+from vtp.engine.logging import MACHINE
 from vtp.engine.parallel import ParallelConfig, whole
 from vtp.pretrain import learner as learner_module
 from vtp.pretrain.learner import PretrainLearner
 from vtp.tokenizers import get_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 def batches(cfg, n):
@@ -90,15 +95,13 @@ def torchrun(*words, options=()):
         program, words = ["--no-python", sys.executable, "-c"], words[1:]
     else:
         program, words = ["-m", "vtp", "pretrain"], words
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
-    command = [*launcher, *program, *words]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120)
+    command = [*LAUNCHER, *options, *program, *words]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=120)
 
 
 def records(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MACHINE} for line in lines]
 
 
 @pytest.mark.slow
@@ -166,3 +169,72 @@ def test_a_checkpoint_goes_from_one_rank_to_two_and_back(setting, two_ranks, tmp
     before = {**tensors["objectives"], **{f"{n}.m": m["exp_avg"] for n, m in tensors["optimizer"].items()}}
     for name, x in before.items():
         assert torch.equal(x, on_two[name]) and torch.equal(x, on_one[name]), name
+
+
+def test_sigterm_to_one_rank_under_torchrun(tiny, tmp_path):
+    """The ranks agree on a step, save, say how to go on, and all exit with 0: torchrun's is 0."""
+    cfg = replace(tiny, steps=100_000, loop=replace(tiny.loop, save_every=5))
+    (tmp_path / "tiny.yaml").write_text(config.dump(cfg))
+    run = Path(tiny.out)
+    process = subprocess.Popen(
+        [*LAUNCHER, "-m", "vtp", "pretrain", str(tmp_path / "tiny.yaml")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        cwd=ROOT,
+    )
+    deadline = time.monotonic() + 100
+    while not checkpoint.complete(run / "checkpoints"):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(ranks[-1]), signal.SIGTERM)
+    said = " ".join(process.communicate(timeout=60)[1].split())
+    done = int(checkpoint.complete(run / "checkpoints")[-1].name.removeprefix("step_"))
+    assert f"stopped at step {done} of 100000; the same command goes on from there" in said
+    assert records(run)[-1]["step"] == done
+    assert process.returncode == 0, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", ["one", "ddp"])
+def test_compiled_blocks_learn_the_same_and_compile_no_more_after_warming_up(tiny, tmp_path, ranks):
+    """In processes of their own: here the shapes in annotations are checked, which torch.compile cannot trace."""
+    (tmp_path / "tiny.yaml").write_text(config.dump(replace(tiny, parallel=ParallelConfig(compile=True))))
+    words = ["-c", COMPILED, str(tmp_path / "tiny.yaml")]
+    command = [sys.executable, *words] if ranks == "one" else [*LAUNCHER, "--no-python", sys.executable, *words]
+    here = {
+        **ENVIRONMENT,
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+    }  # not what a killed run left half-written
+    done = subprocess.run(command, capture_output=True, text=True, env=here, cwd=ROOT, timeout=280)
+    assert done.returncode == 0, done.stderr
+
+
+COMPILED = """
+import sys
+from pathlib import Path
+from tests.pretrain.test_parallel import compiled
+from vtp import config, dist
+from vtp.pretrain.config import PretrainConfig
+with dist.group():
+    compiled(config.load(Path(sys.argv[1]), PretrainConfig()))
+"""
+
+
+def compiled(cfg):
+    """Four steps compiled and plain have the same losses; four more, of other captions and masks, compile nothing."""
+    data = batches(cfg, 8)
+    losses = []
+    for each in (cfg, replace(cfg, parallel=ParallelConfig())):
+        torch.manual_seed(0)
+        learner = PretrainLearner(each, torch.device("cpu"))
+        losses.append([float(learner.learn(batch, i)["total"]) for i, batch in enumerate(data[:4])])
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for i, batch in enumerate(data[4:]):
+                learner.learn(batch, 4 + i)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs > 0
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert len({tuple(b.ssl.mask_indices.shape) for b in data}) > 1

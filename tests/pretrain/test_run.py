@@ -2,9 +2,14 @@
 
 import io
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,17 +21,21 @@ from transformers import AutoImageProcessor
 from vtp import config
 from vtp.cli import main
 from vtp.config import ConfigError
-from vtp.engine.loop import NonFiniteError
+from vtp.engine import checkpoint
+from vtp.engine.logging import MACHINE
+from vtp.engine.loop import LoopConfig, NonFiniteError
 from vtp.engine.optim import OptimConfig
 from vtp.models.vtp_hf import VTPModel
 from vtp.pretrain.learner import PretrainLearner
 from vtp.pretrain.run import pretrain
 from vtp.schedules import WarmupCosine
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def science(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MACHINE} for line in lines]
 
 
 def picture(i, size=24):
@@ -205,3 +214,60 @@ def test_values_that_cannot_work_are_refused(word, message, tmp_path, capsys):
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_teachers_trunk_can_be_published_instead(tiny, tmp_path):
+    """Of the same run: whose trunk is published changes nothing that is learned, and may be changed afterwards."""
+    student = load_file(pretrain(tiny) / "model.safetensors")
+    teacher = load_file(pretrain(replace(tiny, publish="teacher")) / "model.safetensors")
+    different = {name for name in student if not torch.equal(student[name], teacher[name])}
+    assert different and all(name.startswith("trunk.") for name in different)
+    saved = load_state(tmp_path / "run/checkpoints/step_0000006", tiny)
+    assert all(torch.equal(teacher[name], saved[f"teacher.{name}"]) for name in different)
+    with pytest.raises(ConfigError, match="publish=teacher, but weights.ssl=0"):
+        replace(tiny, publish="teacher", weights=replace(tiny.weights, ssl=0.0))
+
+
+def load_state(checkpoint_folder, cfg):
+    tensors = PretrainLearner(cfg, torch.device("cpu")).tensors()
+    checkpoint.load(checkpoint_folder, tensors)
+    return tensors["objectives"]
+
+
+def test_forty_steps_are_seventeen_a_kill_and_twenty_three(tiny, tmp_path):
+    """The joint model, all objectives, `kill -9` in step 18: the same losses and weights, bit for bit."""
+    loop = LoopConfig(log_every=1, save_every=17)
+    whole = replace(tiny, steps=40, loop=loop)
+    straight = pretrain(whole)
+    parts = replace(whole, out=str(tmp_path / "parts"))
+    (tmp_path / "parts.yaml").write_text(config.dump(parts))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", DIES, str(tmp_path / "parts.yaml")]
+    killed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [path.name for path in checkpoint.complete(tmp_path / "parts/checkpoints")] == ["step_0000017"]
+    resumed = pretrain(parts)
+    assert science(tmp_path / "parts") == science(tmp_path / "run") and len(science(tmp_path / "run")) == 40
+    weights, again = (load_file(folder / "model.safetensors") for folder in (straight, resumed))
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    states = [load_state(tmp_path / run / "checkpoints/step_0000040", tiny) for run in ("run", "parts")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])  # the teacher as well
+
+
+DIES = """
+import os, signal, sys, time
+from pathlib import Path
+from vtp.cli import main
+from vtp.engine import checkpoint
+from vtp.pretrain.objectives import Pretraining
+follow, steps = Pretraining.follow, []
+def dying(self, momentum):
+    steps.append(momentum)
+    if len(steps) == 18:  # the optimiser has moved, the teacher has not
+        while not checkpoint.complete(Path(self.cfg.out) / "checkpoints"):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    follow(self, momentum)
+Pretraining.follow = dying
+main(["pretrain", sys.argv[1]])
+"""

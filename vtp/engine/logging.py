@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl is the record; the progress bar and TensorBoard only read what goes into it."""
+"""What a run says: metrics.jsonl is the record; progress bar, TensorBoard and Weights & Biases only read it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ import platform
 import shlex
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from uuid import uuid4
 
 import torch
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vtp import dist
+from vtp.config import ConfigError
 
 console = Console(stderr=True)
 
@@ -27,19 +31,27 @@ def say(text: str) -> None:
         console.print(text)
 
 
-class MetricsLog:
-    """Append-only metrics.jsonl; opened for a resumed run, lines after the resumed step are dropped first."""
+# What a line says of the machine: the rest is the same whenever a run is repeated.
+MACHINE = ("seconds", "images_per_second", "utilisation", "data_wait", "memory_gb")
 
-    def __init__(self, run: Path, resumed_step: int, tensorboard: bool = False) -> None:
+
+class MetricsLog:
+    """Append-only metrics.jsonl; opened for a resumed run, lines after the resumed step are dropped first.
+
+    Files are written, and TensorBoard and Weights & Biases told, by a thread: training does not wait for a disk.
+    """
+
+    def __init__(self, run: Path, resumed_step: int, tensorboard: bool = False, wandb: bool = False) -> None:
         self.path = run / "metrics.jsonl"
         kept = [line for line in self._lines() if line["step"] <= resumed_step]
         if dist.is_main():
             self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.board: Any = None
-        if tensorboard and dist.is_main():
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
+        self._readers: list[_TensorBoard | _Wandb] = []
+        if dist.is_main():
+            self._readers += [_TensorBoard(run, resumed_step)] if tensorboard else []
+            self._readers += [_Wandb(run)] if wandb else []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="metrics")
+        self._written: Future[None] | None = None
 
     def _lines(self) -> list[dict[str, Any]]:
         if not self.path.is_file():
@@ -53,20 +65,69 @@ class MetricsLog:
         return lines
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Add one line; `values` by name."""
-        if not dist.is_main():
-            return
+        """Add one line; `values` by name. A failure to write the line before is raised here."""
+        if self._written is not None:
+            self._written.result()
+        if dist.is_main():
+            self._written = self._thread.submit(self._write, step, values)
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-            self.board.flush()
+        for reader in self._readers:
+            reader.write(step, values)
 
     def close(self) -> None:
-        """Close TensorBoard's file."""
-        if self.board is not None:
-            self.board.close()
+        """Until all is written."""
+        self._thread.shutdown()
+        for reader in self._readers:
+            reader.close()
+
+
+class _TensorBoard:
+    def __init__(self, run: Path, resumed_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigError(
+                "loop.tensorboard=true needs TensorBoard: pip install 'vtp[log]', or set it to false"
+            ) from None
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        self.board.flush()
+
+    def close(self) -> None:
+        self.board.close()
+
+
+class _Wandb:
+    """One run of Weights & Biases for one run folder, also when that is resumed: wandb_id.txt says which."""
+
+    def __init__(self, run: Path) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ConfigError(
+                "loop.wandb=true needs Weights & Biases: pip install 'vtp[wandb]', or set it to false"
+            ) from None
+        file = run / "wandb_id.txt"
+        if not file.is_file():
+            file.write_text(uuid4().hex)
+        saved = run / "config.yaml"
+        config = OmegaConf.to_container(OmegaConf.load(saved)) if saved.is_file() else None
+        quiet = wandb.Settings(silent=True)  # it would write across the progress bar
+        self.run = wandb.init(
+            dir=run, name=run.name, id=file.read_text(), resume="allow", config=cast(Any, config), settings=quiet
+        )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
 
 
 def progress_bar(title: str) -> Progress:

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,6 +23,7 @@ from vtp import config, dist
 from vtp.config import ConfigError
 from vtp.engine import checkpoint
 from vtp.engine.logging import MetricsLog, environment, progress_bar, say
+from vtp.engine.speed import peak_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,8 @@ class LoopConfig:
     keep: int = 2  # newest checkpoints that stay
     keep_every: int = 0  # those at multiples of so many steps stay as well; 0: none
     max_skipped: int = 5  # steps in a row without a finite gradient, and so without an update, that a run bears
-    tensorboard: bool = False
+    tensorboard: bool = False  # event files in the run's folder
+    wandb: bool = False  # Weights & Biases; WANDB_PROJECT, WANDB_MODE=offline and the like are its own settings
 
     def __post_init__(self) -> None:
         for name in ("log_every", "save_every", "keep"):
@@ -51,7 +54,10 @@ class Learner(Protocol):
     images_per_step: int  # over all ranks
 
     def step(self, batch: Any, step: int) -> Mapping[str, Tensor | float]:
-        """Learn from one batch; returns what to log, as tensors (no host synchronisation)."""
+        """Learn from one batch; returns what to log, as tensors (no host synchronisation).
+
+        `ideal_seconds`, if there, is what the step would last at the machine's matmul rate; it becomes `utilisation`.
+        """
 
     def tensors(self) -> dict[str, Any]:
         """Nested dict of every tensor that a resumed run needs: saved from, and on resume filled in place."""
@@ -136,8 +142,10 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
         batches.load_state_dict(progress["batches"])
         done, seconds, skipped = progress["step"], progress["seconds"], progress["skipped"]
         say(f"resumed {found}")
-    log = MetricsLog(out, done, loop.tensorboard)
+    log = MetricsLog(out, done, loop.tensorboard, loop.wandb)
     window: list[Mapping[str, Tensor | float]] = []
+    due: _Reading | None = None
+    waited = 0.0  # for batches
     started = window_started = time.perf_counter()
 
     def clock() -> float:
@@ -147,37 +155,55 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
         progress = {"batches": batches.state_dict(), "seconds": clock(), "skipped": skipped}
         checkpoints.save(step, learner.tensors(), progress)
 
+    def settle(reading: _Reading) -> bool:
+        """Add a window to the record; whether its last step was finite."""
+        nonlocal skipped, in_a_row, waited, window_started
+        finite, values = reading.mean()
+        for good in finite:
+            skipped, in_a_row = skipped + (not good), 0 if good else in_a_row + 1
+            if in_a_row > loop.max_skipped:
+                raise _not_finite(values, in_a_row, reading.step, checkpoints)
+        now = time.perf_counter()
+        lasted = now - window_started
+        if "ideal_seconds" in values:
+            values["utilisation"] = values.pop("ideal_seconds") * len(finite) / lasted
+        values["skipped"] = skipped
+        values["images"] = reading.step * learner.images_per_step
+        values["images_per_second"] = len(finite) * learner.images_per_step / lasted
+        values["data_wait"] = waited / lasted
+        values["memory_gb"] = peak_memory()
+        values["seconds"] = clock()
+        log.write(reading.step, values)
+        waited, window_started = 0.0, now
+        bar.update(task, status=f"loss {values['total']:.3f}  {values['images_per_second']:.0f} images/s")
+        return finite[-1]
+
     stream = iter(batches)
-    with progress_bar(title) as bar, _Stop() as stop:
+    with closing(log), progress_bar(title) as bar, _Stop() as stop:
         task = bar.add_task(title, total=steps, completed=done, status="")
         for step in range(done, steps):
             reseed(seed, dist.rank(), step)
-            window.append(learner.step(next(stream), step))
+            asked = time.perf_counter()
+            batch = next(stream)
+            waited += time.perf_counter() - asked
+            window.append(learner.step(batch, step))
+            if due is not None:  # the device has this step to do while the host waits for what came before
+                settle(due)
+                due = None
             stop.agree()
             last = step + 1 == steps or stop.agreed is not None
             saving = last or (step + 1) % loop.save_every == 0
             if saving or (step + 1) % loop.log_every == 0:
-                finite, values = _mean(window)
-                for good in finite:
-                    skipped, in_a_row = skipped + (not good), 0 if good else in_a_row + 1
-                    if in_a_row > loop.max_skipped:
-                        raise _not_finite(values, in_a_row, step + 1, checkpoints)
-                saving = saving and (last or finite[-1])
-                now = time.perf_counter()
-                values["skipped"] = skipped
-                values["images"] = (step + 1) * learner.images_per_step
-                values["images_per_second"] = len(window) * learner.images_per_step / (now - window_started)
-                values["seconds"] = clock()
-                log.write(step + 1, values)
-                window, window_started = [], now
-                bar.update(task, status=f"loss {values['total']:.3f}  {values['images_per_second']:.0f} images/s")
+                due, window = _Reading(step + 1, window), []
+            if due is not None and (saving or due.here):
+                saving = (settle(due) or last) and saving
+                due = None
             bar.update(task, completed=step + 1)
             if saving:
                 save(step + 1)
             if stop.agreed is not None:
                 break
     checkpoints.wait()
-    log.close()
     if stop.agreed is not None and step + 1 < steps:
         say(f"stopped at step {step + 1} of {steps}; the same command goes on from there")
         raise SystemExit(0 if stop.agreed == signal.SIGTERM else 130)
@@ -191,22 +217,32 @@ def reseed(seed: int, rank: int, step: int) -> None:
     torch.manual_seed(state % 2**63)
 
 
-def _mean(window: list[Mapping[str, Tensor | float]]) -> tuple[list[bool], dict[str, float]]:
-    """(which steps of the window were finite, mean of each value over those and the ranks; over all if none was).
+class _Reading:
+    """The values of a window's steps, on their way from the device to the host; asking for them is what waits."""
 
-    The only place where the loop waits for the device.
-    """
-    names = list(window[0])
-    values = [v[n] for v in window for n in names]
-    tensors = [x.detach().double() for x in values if isinstance(x, Tensor)]
-    read = iter(torch.stack(tensors).tolist() if tensors else ())
-    table = torch.tensor([next(read) if isinstance(x, Tensor) else x for x in values], dtype=torch.float64)
-    table = table.view(len(window), len(names))
-    if dist.world_size() > 1:
-        table = dist.sum_(table) / dist.world_size()
-    finite = table.isfinite().all(1)
-    means = (table[finite] if finite.any() else table).mean(0)
-    return finite.tolist(), dict(zip(names, means.tolist(), strict=True))
+    def __init__(self, step: int, window: list[Mapping[str, Tensor | float]]) -> None:
+        self.step = step  # steps done
+        self._names = list(window[0])
+        self._values = [v[n] for v in window for n in self._names]
+        tensors = [x.detach().double() for x in self._values if isinstance(x, Tensor)]
+        self._read = torch.stack(tensors).to("cpu", non_blocking=True) if tensors else torch.empty(0)
+        self.here = not tensors or tensors[0].device.type == "cpu"
+        self._copied = None if self.here else torch.Event(tensors[0].device.type)
+        if self._copied is not None:
+            self._copied.record()
+
+    def mean(self) -> tuple[list[bool], dict[str, float]]:
+        """(which steps were finite, mean of each value over those and the ranks; over all if none was)."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        read = iter(self._read.tolist())
+        table = torch.tensor([next(read) if isinstance(x, Tensor) else x for x in self._values], dtype=torch.float64)
+        table = table.view(-1, len(self._names))
+        if dist.world_size() > 1:
+            table = dist.sum_(table) / dist.world_size()
+        finite = table.isfinite().all(1)
+        means = (table[finite] if finite.any() else table).mean(0)
+        return finite.tolist(), dict(zip(self._names, means.tolist(), strict=True))
 
 
 def _not_finite(

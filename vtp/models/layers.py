@@ -171,9 +171,10 @@ def _attention_bf16(
     # Twice as fast as the fused kernel, for it keeps scores in bfloat16, a cache full at a time.
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     heads = max(1, SCORES // q.shape[-2] ** 2)
-    for q, k, v, y in zip(*(x.flatten(0, 1).split(heads) for x in (q, k, v, out)), strict=True):
-        scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5)
-        torch.bmm(torch.softmax(scores, -1, out=scores), v, out=y)
+    chunks = (x.flatten(0, 1).split(heads) for x in (q, k, v, out))
+    for queries, keys, values, y in zip(*chunks, strict=True):
+        scores = torch.baddbmm(q.new_empty(()), queries, keys.mT, beta=0, alpha=q.shape[-1] ** -0.5)
+        torch.bmm(torch.softmax(scores, -1, out=scores), values, out=y)
     return out
 
 

@@ -80,6 +80,7 @@ class PretrainConfig:
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "bf16"
     resume: Literal["auto", "never", "anyway"] = "auto"  # anyway: go on although the configuration has changed
+    publish: Literal["student", "teacher"] = "student"  # whose trunk the tokenizer has; all else has no teacher
     workers: int = 1  # loader processes per rank; 0 loads in the training process
     model: ModelConfig = ModelConfig()
     init: Literal["published", "fan_in"] = "published"  # fan_in suits networks much narrower than 768
@@ -100,6 +101,8 @@ class PretrainConfig:
             raise ConfigError("weights: every objective is 0, there is nothing to learn")
         if self.weights.ssl > 0 and self.weights.koleo > 0 and self.batch.ssl == 1:
             raise ConfigError("batch.ssl=1 leaves koleo no neighbour; take at least 2, or set weights.koleo=0")
+        if self.publish == "teacher" and self.weights.ssl == 0:
+            raise ConfigError("publish=teacher, but weights.ssl=0 leaves no teacher; set publish=student")
         if self.steps < 1:
             raise ConfigError(f"steps must be at least 1, not {self.steps}")
         if self.contrast == "siglip" and self.model.init_logit_bias is None and self.weights.clip > 0:

@@ -12,6 +12,7 @@ from typing import NamedTuple, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from vtp.data.batches import Batch, ClipBatch, SSLBatch
@@ -47,10 +48,14 @@ class Pretraining(nn.Module):
 
     center_cls: Tensor
     center_patch: Tensor
+    felt: dict[
+        str, Tensor
+    ]  # by objective: squared norm of what it sends to the trunk's output, after the backward pass
 
     def __init__(self, cfg: PretrainConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        self.felt = {}
         weights = cfg.weights
         model = dataclasses.replace(cfg.model, train_clip=weights.clip > 0, train_reconstruction=weights.rec > 0)
         self.student = VTPModel(VTPConfig.from_model_config(model))
@@ -81,6 +86,13 @@ class Pretraining(nn.Module):
         if hasattr(self, "teacher"):
             self.teacher.follow(self._followed[0], momentum)
 
+    def published(self, whose: str) -> dict[str, Tensor]:
+        """Weights of the tokenizer by its own names: the student's, or with the trunk of the `teacher`."""
+        weights = self.student.state_dict()
+        if whose == "teacher":
+            weights |= {f"trunk.{name}": x for name, x in self.teacher["trunk"].state_dict().items()}
+        return weights
+
     def forward(self, batch: Batch, teacher_temp: float) -> Objectives:
         """Losses of one batch whose images are ImageNet-normalised floats.
 
@@ -89,20 +101,39 @@ class Pretraining(nn.Module):
         student, drop = self.student, self.cfg.drop_path
         losses: dict[str, Tensor] = {}
         readings: dict[str, Tensor] = {}
+        self.felt.clear()
         shared: Tokens | None = None
         if batch.clip is not None:
-            image, words, shared = self._embed(batch.clip, None if batch.rec is None else batch.rec.rows)
-            losses["clip"] = self._contrast(image, words)
-            readings["logit_scale"] = student.logit_scale.detach().exp().mean()
+            with record_function("clip"):
+                image, words, shared = self._embed(batch.clip, None if batch.rec is None else batch.rec.rows)
+                losses["clip"] = self._contrast(image, words)
+                readings["logit_scale"] = student.logit_scale.detach().exp().mean()
         if batch.rec is not None:
-            rec_tokens = shared if shared is not None else student.trunk(batch.rec.images, drop_path=drop.rec)
-            assert batch.rec.images is not None  # `finish` filled it
-            losses |= self._reconstruction(rec_tokens, batch.rec.images)
+            with record_function("rec"):
+                rec_tokens = shared if shared is not None else student.trunk(batch.rec.images, drop_path=drop.rec)
+                assert batch.rec.images is not None  # `finish` filled it
+                losses |= self._reconstruction(self._feel("rec", rec_tokens), batch.rec.images)
         if batch.ssl is not None:
-            ssl_losses, ssl_readings = self._self_distillation(batch.ssl, teacher_temp)
+            with record_function("ssl"):
+                ssl_losses, ssl_readings = self._self_distillation(batch.ssl, teacher_temp)
             losses |= ssl_losses
             readings |= ssl_readings
         return Objectives(losses, readings)
+
+    def _feel(self, objective: str, tokens: Tokens) -> Tokens:
+        """The same tokens; the squared norm of the gradient that comes back through them is added to `felt`."""
+        squares = self.felt.setdefault(objective, torch.zeros((), device=tokens.cls.device))
+
+        def add(gradient: Tensor) -> None:
+            squares.add_(gradient.float().square().sum())
+
+        def own(x: Tensor) -> Tensor:
+            x = x.view_as(x)  # a tensor of this objective's own: others may read the same
+            if x.requires_grad:
+                x.register_hook(add)
+            return x
+
+        return Tokens(own(tokens.cls), own(tokens.patches), tokens.grid)
 
     def _embed(self, clip: ClipBatch, rows: Tensor | None) -> tuple[Tensor, Tensor, Tokens | None]:
         """Features of images and of texts, and the tokens of the views at `rows`, which reconstruction shares.
@@ -140,7 +171,8 @@ class Pretraining(nn.Module):
         student = self.student
         tokens = student.trunk(clip.images, drop_path=self.cfg.drop_path.clip)
         shared = None if rows is None else Tokens(tokens.cls[rows], tokens.patches[rows], tokens.grid)
-        return student.clip_image(tokens), student.get_clip_text_feature(clip.tokens), shared
+        image = student.clip_image(self._feel("clip", tokens))
+        return image, student.get_clip_text_feature(clip.tokens), shared
 
     def _contrast(self, image: Tensor, words: Tensor) -> Tensor:
         """InfoNCE or SigLIP between image and text."""
@@ -169,15 +201,15 @@ class Pretraining(nn.Module):
         crops = ssl.global_crops.flatten(0, 1)  # [2B, 3, G, G]
         masked = ssl.mask_indices
 
-        with torch.no_grad():
+        with torch.no_grad(), record_function("teacher"):
             trunk = cast(ViT, self.teacher["trunk"])
             teacher = self._read(trunk(crops), masked, trunk)
 
         drop = self.cfg.drop_path.ssl
-        glob = self.student.trunk(crops, masks=ssl.masks.flatten(0, 1), drop_path=drop)
+        glob = self._feel("ssl", self.student.trunk(crops, masks=ssl.masks.flatten(0, 1), drop_path=drop))
         parts = [self._read(glob, masked, self.student.trunk)]  # [2B + M, d]
         if len(ssl.local_crops):
-            local = self.student.trunk(ssl.local_crops.flatten(0, 1), drop_path=drop)
+            local = self._feel("ssl", self.student.trunk(ssl.local_crops.flatten(0, 1), drop_path=drop))
             parts.append(self._width(local.cls, self.student.trunk))
         # By shapes alone, which are those of all ranks: were every patch masked, would the logits be many?
         rows = n_global * batch + ssl.masks.numel() + len(ssl.local_crops) * batch
@@ -186,6 +218,8 @@ class Pretraining(nn.Module):
         losses, readings = compare(torch.cat(parts), teacher, ssl, teacher_temp)
         if self.cfg.weights.koleo > 0:
             losses["koleo"] = torch.stack([koleo_loss(c) for c in glob.cls.chunk(n_global)]).mean()
+        if self.cfg.distil.centering == "centering":
+            readings["center_norm"] = self.center_cls.norm()
         return losses, readings
 
     def _compare(

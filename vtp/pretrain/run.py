@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+
 from vtp import dist
 from vtp.config import ConfigError
 from vtp.data.loader import Loader
@@ -18,7 +20,7 @@ from vtp.pretrain.config import PretrainConfig
 from vtp.pretrain.learner import PretrainLearner
 from vtp.tokenizers import get_tokenizer
 
-ORCHESTRATION = ("workers", "device", "parallel", "loop")
+ORCHESTRATION = ("publish", "workers", "device", "parallel", "loop")
 
 
 def pretrain(cfg: PretrainConfig) -> Path:
@@ -29,9 +31,35 @@ def pretrain(cfg: PretrainConfig) -> Path:
         NonFiniteError: a loss became NaN or infinite; the last good checkpoint is kept.
     """
     device = pick_device(cfg.device)
+    loader = open_loader(cfg, device)
+    out = open_run(cfg, cfg.resume, ignore=ORCHESTRATION)
+    reseed(cfg.seed, 0, 0)  # every rank starts from the same weights
+    learner = PretrainLearner(cfg, device)
+    try:
+        train(learner, loader, cfg.steps, cfg.seed, cfg.loop, out, title=out.name)
+    finally:  # an interrupted run reports as well
+        _report_broken(loader, cfg.data, out / "data.json")
+    weights = whole(learner.objectives.published(cfg.publish))
+    if dist.is_main():
+        publish(learner.objectives.student, out / "tokenizer", weights)
+        console.print(f"published {out / 'tokenizer'}")
+    dist.barrier()
+    return out / "tokenizer"
+
+
+def open_loader(cfg: PretrainConfig, device: torch.device) -> Loader:
+    """The batches of a run.
+
+    Raises:
+        ConfigError: data or views cannot be used.
+    """
+    if cfg.model.image_size != cfg.views.size:
+        raise ConfigError(
+            f"model.image_size={cfg.model.image_size} is not views.size={cfg.views.size}; make them equal"
+        )
     source = open_source(cfg.data, cfg.annotations)
     tokenizer = get_tokenizer(context_length=cfg.model.text.context_length) if cfg.weights.clip > 0 else None
-    loader = Loader(
+    return Loader(
         source,
         cfg.views,
         cfg.active_batch,
@@ -42,23 +70,6 @@ def pretrain(cfg: PretrainConfig) -> Path:
         pin_memory=device.type == "cuda",
         others={k: open_source(v) for k, v in (("ssl", cfg.ssl_data), ("rec", cfg.rec_data)) if v is not None},
     )
-    if cfg.model.image_size != cfg.views.size:
-        raise ConfigError(
-            f"model.image_size={cfg.model.image_size} is not views.size={cfg.views.size}; make them equal"
-        )
-    out = open_run(cfg, cfg.resume, ignore=ORCHESTRATION)
-    reseed(cfg.seed, 0, 0)  # every rank starts from the same weights
-    learner = PretrainLearner(cfg, device)
-    try:
-        train(learner, loader, cfg.steps, cfg.seed, cfg.loop, out, title=out.name)
-    finally:  # an interrupted run reports as well
-        _report_broken(loader, cfg.data, out / "data.json")
-    weights = whole(learner.objectives.student.state_dict())
-    if dist.is_main():
-        publish(learner.objectives.student, out / "tokenizer", weights)
-        console.print(f"published {out / 'tokenizer'}")
-    dist.barrier()
-    return out / "tokenizer"
 
 
 def _report_broken(loader: Loader, data: str, file: Path) -> None:

@@ -35,6 +35,11 @@ MACHINERY = {
     "lr": "Learning rate",
     "grad_norm": "Gradient norm <span>before clipping</span>",
     "images_per_second": "Speed <span>images/s</span>",
+    "utilisation": "Utilisation <span>of the matmul rate</span>",
+    "data_wait": "Waiting for data <span>share of the time</span>",
+    "memory_gb": "Most memory <span>GB</span>",
+    **{f"grad_{name}": f"Gradient <span>{name}, at the trunk's output</span>" for name in ("clip", "ssl", "rec")},
+    "center_norm": "Teacher's centre <span>norm</span>",
     "logit_scale": "Logit scale <span>1 / temperature</span>",
     "skipped": "Skipped steps <span>gradient not finite</span>",
 }

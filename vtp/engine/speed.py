@@ -1,0 +1,44 @@
+"""How fast this machine is, and how much of it a run uses."""
+
+from __future__ import annotations
+
+import functools
+import resource
+import statistics
+import sys
+import time
+
+import torch
+
+from vtp.engine.optim import Precision
+
+
+@functools.lru_cache
+def matmul_rate(device: torch.device, precision: Precision) -> float:
+    """FLOP/s of a square matrix product in the precision of the step, measured once a process: half a second at most.
+
+    That, not a data sheet's peak, is what `utilisation` is a share of: it is what this machine, as it is cooled,
+    clocked and shared, can reach.
+    """
+    side = 8192 if device.type == "cuda" else 1024
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    x = torch.ones(side, side, device=device, dtype=dtype)
+    out = torch.empty_like(x)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        torch.mm(x, x, out=out)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter() - start
+
+    seconds()  # warm
+    return 2 * side**3 / statistics.median(seconds() for _ in range(5))
+
+
+def peak_memory() -> float:
+    """Most memory held so far, GB: what torch allocated on this rank's GPU, or else this process's resident size."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

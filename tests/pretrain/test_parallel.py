@@ -81,6 +81,8 @@ def test_two_ranks_learn_what_one_learns(setting, two_ranks, parallel, centering
         torch.testing.assert_close(ranks[0][0][name], weight, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     for record, *others in zip(records, *(r for _, r in ranks), strict=True):
         for name, value in record.items():
+            if name == "ideal_seconds":  # at the rate that this process measured
+                continue
             assert value == pytest.approx(sum(o[name] for o in others) / 2, rel=1e-5, abs=1e-5), name
 
 

@@ -15,7 +15,8 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
+
+from figures import watch_peak
 
 BASE = {"batch": 8, "image side": 64, "local crops": 4, "prototypes": 2048, "ranks": 1}
 SWEEPS = {
@@ -33,12 +34,6 @@ LABELS = {
     "ranks": "ranks, batch as before on each",
 }
 STEPS = 12
-
-
-def resident(key: str) -> float:
-    """VmRSS (now) or VmHWM (peak) of this process, MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1000
 
 
 def point(setting: dict[str, int]) -> None:
@@ -76,15 +71,14 @@ def point(setting: dict[str, int]) -> None:
         loader = Loader(open_source("scenes"), cfg.views, cfg.batch, tokenizer, patch_size=16)
         batch = finish(next(loader), cfg.augment, torch.default_generator)
         learner = PretrainLearner(cfg, torch.device("cpu"))
-        before, times = resident("VmRSS"), []
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+        added, times = watch_peak(), []
         for i in range(STEPS):
             dist.barrier()
             start = time.perf_counter()
             learner.learn(batch, i)
             times.append(time.perf_counter() - start)
         if dist.is_main():
-            print(json.dumps([min(times), resident("VmHWM") - before]))
+            print(json.dumps([min(times), added()]))
 
 
 def measure(setting: dict[str, int]) -> tuple[float, float]:

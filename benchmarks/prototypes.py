@@ -11,16 +11,14 @@ fresh process (on a CPU: of Linux; the plain losses take 8 GB).
 
 from __future__ import annotations
 
-import json
-import re
 import statistics
 import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
+from figures import line, watch_peak
 from torch import Tensor
 
 from vtp.data.batches import SSLBatch
@@ -32,6 +30,7 @@ from vtp.pretrain.objectives import Pretraining
 TOKENS, PROTOTYPES, THREADS, ROUNDS = 8_192, 65_536, 2, 3
 IMAGES, LOCAL, PATCHES = 96, 8, 256
 WIDTH = 32  # of the head's input
+PLAIN = "plain losses"
 
 
 def setting(tokens: int, prototypes: int, device: str) -> tuple[Pretraining, Tensor, Tensor, SSLBatch]:
@@ -63,10 +62,10 @@ def once(which: str, precision: str, model: Pretraining, student: Tensor, teache
     """Forward and backward of the plain losses or of ours; the losses and all gradients in one vector."""
     compare = model._compare_in_chunks if which == "ours" else model._compare
     with autocast(student.device, precision):
-        losses, _ = compare(student, teacher, ssl, 0.04)
+        dino, ibot, *_ = compare(student, teacher, ssl, 0.04)
     leaves = [student, *model.head.parameters()]
-    grads = torch.autograd.grad(sum(losses.values()), leaves)
-    return torch.cat([torch.stack(list(losses.values())), *(g.flatten() for g in grads)]).detach()
+    grads = torch.autograd.grad(dino + ibot, leaves)
+    return torch.cat([torch.stack([dino, ibot]), *(g.flatten() for g in grads)]).detach()
 
 
 def seconds(which: str, precision: str, given: tuple) -> float:
@@ -78,17 +77,6 @@ def seconds(which: str, precision: str, given: tuple) -> float:
     return time.perf_counter() - start
 
 
-def line(name: str, value: float, unit: str, peer_value: float, ratio: float) -> None:
-    values = {"value": round(value, 2), "unit": unit, "peer": "plain losses", "peer_value": round(peer_value, 2)}
-    print(json.dumps({"name": name, **values, "ratio": round(ratio, 2)}), flush=True)
-
-
-def resident(key: str) -> float:
-    """VmRSS (now) or VmHWM (peak) of this process, MB."""
-    found = re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) / 1000
-
-
 def memory(which: str, precision: str, given: tuple) -> float:
     """MB that one pass adds to the peak of this process."""
     if given[1].is_cuda:
@@ -96,10 +84,9 @@ def memory(which: str, precision: str, given: tuple) -> float:
         torch.cuda.reset_peak_memory_stats()
         once(which, precision, *given)
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    before = resident("VmRSS")
+    added = watch_peak()
     once(which, precision, *given)
-    return resident("VmHWM") - before
+    return added()
 
 
 def fresh(which: str, precision: str, size: list[str]) -> float:
@@ -124,13 +111,13 @@ def main() -> None:
     for precision in sys.argv[1:2] or ("fp32", "bf16"):
         name = f"DINO + iBOT, {tokens:,} tokens, {prototypes:,} prototypes, {device}, {precision}"
         ours, plain = (fresh(which, precision, size) for which in ("ours", "plain"))
-        line(f"{name}, peak memory added", ours, "MB", plain, plain / ours)
+        line(f"{name}, peak memory added", ours, "MB", PLAIN, plain, plain / ours)
         check(precision, setting(max(64, tokens // 32), prototypes // 32, device))
         given = setting(tokens, prototypes, device)
         measure = partial(seconds, precision=precision, given=given)
         rounds = [(measure("ours"), measure("plain")) for _ in range(ROUNDS)]
         ours, plain = (statistics.median(times) for times in zip(*rounds, strict=True))
-        line(f"{name}, forward and backward", ours, "s", plain, statistics.median(b / a for a, b in rounds))
+        line(f"{name}, forward and backward", ours, "s", PLAIN, plain, statistics.median(b / a for a, b in rounds))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ its time, over the rate of a 1536^3 product in the same round.
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import random
 import statistics
@@ -32,10 +31,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from figures import line
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-THREADS, ROUNDS, BATCH, SIZE, LOCAL, CROPS, PROTOTYPES = 2, int(os.environ.get("R", "7")), 16, 96, 48, 8, 8192
+THREADS, ROUNDS, BATCH, SIZE, LOCAL, CROPS, PROTOTYPES = 2, 7, 16, 96, 48, 8, 8192
 WIDTH, DEPTH, HEADS, PATCH, CONTEXT = 384, 12, 6, 16, 77
 GRID = SIZE // PATCH
 OURS = "joint step"
@@ -256,11 +256,6 @@ def counted(step: Step) -> int:
     return counter.get_total_flops()
 
 
-def line(name: str, value: float, unit: str, peer: str, peer_value: float, ratio: float) -> None:
-    values = {"value": round(value, 3), "unit": unit, "peer": peer, "peer_value": round(peer_value, 3)}
-    print(json.dumps({"name": name, **values, "ratio": round(ratio, 3)}), flush=True)
-
-
 def measure(precision: str, source: str) -> None:
     torch.manual_seed(0)
     images, tokens = torch.randn(BATCH, 3, SIZE, SIZE), captions()
@@ -281,16 +276,16 @@ def measure(precision: str, source: str) -> None:
     ours = statistics.median(r[OURS] for r in rounds)
     together = [sum(r[name] for name in peers) for r in rounds]
     ratio = statistics.median(t / r[OURS] for t, r in zip(together, rounds, strict=True))
-    line(f"{OURS}, {precision}", ours, "s", "sum of " + ", ".join(peers), statistics.median(together), ratio)
+    line(f"{OURS}, {precision}", ours, "s", "sum of " + ", ".join(peers), statistics.median(together), ratio, 3)
     use = {name: statistics.median(flops[name] / r[name] / r["rate"] for r in rounds) for name in steps}
     for name in peers:
         theirs = statistics.median(r[name] for r in rounds)
         of = statistics.median(r[name] / r[OURS] for r in rounds)
-        line(f"{OURS}, {precision}", ours, "s", f"{name} alone", theirs, of)
-        line(f"{OURS}, {precision}, utilisation", use[OURS], "of matmul", name, use[name], use[OURS] / use[name])
+        line(f"{OURS}, {precision}", ours, "s", f"{name} alone", theirs, of, 3)
+        line(f"{OURS}, {precision}, utilisation", use[OURS], "of matmul", name, use[name], use[OURS] / use[name], 3)
     rate = statistics.median(r["rate"] for r in rounds)
     line(f"{OURS}, {precision}, {flops[OURS] / 1e9:.0f} GFLOP", flops[OURS] / ours / 1e9, "GFLOP/s", "1536^3 product",
-         rate / 1e9, flops[OURS] / ours / rate)  # fmt: skip
+         rate / 1e9, flops[OURS] / ours / rate, 3)  # fmt: skip
 
 
 def main(precisions: list[str]) -> None:

@@ -13,9 +13,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib.util
-import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -25,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from figures import line, watch_peak
 from torch import Tensor, nn
 
 SIZE, BATCH, THREADS, ROUNDS = 256, 8, 2, 15
@@ -91,11 +90,6 @@ def alternate(ours: Callable[[], Tensor], theirs: Callable[[], Tensor], precisio
     return pairs[1:]
 
 
-def line(name: str, value: float, unit: str, peer: str, peer_value: float, ratio: float) -> None:
-    values = {"value": round(value, 2), "unit": unit, "peer": peer, "peer_value": round(peer_value, 2)}
-    print(json.dumps({"name": name, **values, "ratio": round(ratio, 2)}), flush=True)
-
-
 def rates(name: str, pairs: list[tuple], batches: tuple[int, int], peer: str) -> None:
     """Print images a second; the two may have had batches of different sizes."""
     ratio = statistics.median(b / a for a, b in pairs) * batches[0] / batches[1]
@@ -132,22 +126,15 @@ def beside_sd_vae(precision: str, images: Tensor) -> None:
         rates(f"VTP-S {name}, {precision}", pairs, (BATCH, SLOW_BATCH), "diffusers AutoencoderKL, SD-VAE configuration")
 
 
-def resident(key: str) -> float:
-    """VmRSS (now) or VmHWM (peak) of this process, MB."""
-    found = re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) / 1000
-
-
 def encode_memory(whose: str, precision: str, source: str) -> None:
     """Print the MB that one encode adds to the peak of this process."""
     model = our_model() if whose == "ours" else upstream_model(Path(source))
     images = torch.randn(BATCH, 3, SIZE, SIZE)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what building the model left free would hide what encoding takes
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    before = resident("VmRSS")
+    added = watch_peak()
     measured(lambda: model.get_reconstruction_latents(images), precision)
-    print(resident("VmHWM") - before)
+    print(added())
 
 
 def memory(source: Path, precision: str) -> None:

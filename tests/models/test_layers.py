@@ -106,3 +106,16 @@ def test_linear_is_the_product_with_and_without_gradients(dtype, shape):
     with torch.no_grad():
         torch.testing.assert_close(layer(x).double(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(layer(x).double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("tokens", [1, 37, 400])  # one chunk, one chunk, and chunks of 6 and 2 heads
+def test_bf16_inference_attention_is_off_by_the_rounding_of_scores(tokens):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, tokens, 16).bfloat16()
+    q = 3 * q  # attention that has learned to choose
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    largest = (q @ k.mT).abs().max().item() / 4
+    with torch.no_grad():
+        ours = attention(q, k, v)
+    assert ours.dtype == torch.bfloat16 and ours.shape == q.shape
+    assert (ours.double() - exact).norm() / exact.norm() < max(largest, 1) * 2**-9

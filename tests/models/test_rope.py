@@ -72,3 +72,13 @@ def test_beyond_256_patches_bf16_centres_collide_as_published():
     published = rope_tables(16, (300, 1), torch.bfloat16, CPU)[0]
     exact = rope_tables(16, (300, 1), torch.float32, CPU)[0]
     assert len(published.unique(dim=0)) < 200 and len(exact.unique(dim=0)) > len(published.unique(dim=0))
+
+
+def test_compiled_tables_are_the_same_and_their_own():
+    op = torch.ops.vtp.rope_tables.default
+    torch.library.opcheck(op, (16, 3, 5, 1, torch.bfloat16, CPU))
+    eager = RopeEmbed(16)((3, 5), 1, CPU)
+    compiled = op(16, 3, 5, 1, torch.bfloat16, CPU)
+    assert all(map(torch.equal, compiled, eager))
+    compiled[0].zero_()  # a compiler may write over its results
+    assert all(map(torch.equal, op(16, 3, 5, 1, torch.bfloat16, CPU), RopeEmbed(16)((3, 5), 1, CPU)))

@@ -67,6 +67,19 @@ def test_without_a_shared_view_and_alone(tiny):
     assert_equal(gradients(cached(cfg, 3), batch), gradients(cfg, batch))
 
 
+def test_gradients_by_objective_are_those_of_one_pass(tiny):
+    [batch] = batches(tiny, 1)
+
+    def read(cfg):
+        torch.manual_seed(0)
+        values = PretrainLearner(cfg, torch.device("cpu")).learn(batch, 0)
+        return {name: float(values[name]) for name in ("grad_clip", "grad_rec", "grad_ssl")}
+
+    want = read(tiny)
+    assert min(want.values()) > 0
+    assert read(cached(tiny, 3)) == pytest.approx(want, rel=1e-5)
+
+
 def in_halves(batch):
     """The batch with as many of each rank's views reconstructed."""
     rows = torch.tensor([0, 2, 5, 7])

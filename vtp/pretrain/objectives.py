@@ -31,12 +31,23 @@ from vtp.objectives.siglip import siglip_loss
 from vtp.objectives.sinkhorn import centered_softmax, entropies, sinkhorn_knopp, update_center
 from vtp.pretrain.config import PretrainConfig
 
+CENTER_MOMENTUM = 0.9  # Caron et al. 2021
+
 
 class Objectives(NamedTuple):
     """What one forward gives: scalars by name; `readings` are watched, not minimised."""
 
     losses: dict[str, Tensor]
     readings: dict[str, Tensor]
+
+
+class Compared(NamedTuple):
+    """The two losses over prototypes, and the entropies of the teacher's class tokens."""
+
+    dino: Tensor
+    ibot: Tensor
+    entropy_mean: Tensor
+    entropy_single: Tensor
 
 
 class Pretraining(nn.Module):
@@ -48,9 +59,7 @@ class Pretraining(nn.Module):
 
     center_cls: Tensor
     center_patch: Tensor
-    felt: dict[
-        str, Tensor
-    ]  # by objective: squared norm of what it sends to the trunk's output, after the backward pass
+    felt: dict[str, Tensor]  # by objective, after the backward pass: squared norm of what it sent to the trunk's output
 
     def __init__(self, cfg: PretrainConfig) -> None:
         super().__init__()
@@ -215,50 +224,39 @@ class Pretraining(nn.Module):
         rows = n_global * batch + ssl.masks.numel() + len(ssl.local_crops) * batch
         many = rows * self.cfg.distil.prototypes > prototypes.LOGITS
         compare = self._compare_in_chunks if many else self._compare
-        losses, readings = compare(torch.cat(parts), teacher, ssl, teacher_temp)
+        dino, ibot, mean, single = compare(torch.cat(parts), teacher, ssl, teacher_temp)
+        losses = {"dino": dino, "ibot": ibot}
+        readings = {"teacher_entropy_mean": mean, "teacher_entropy_single": single}
         if self.cfg.weights.koleo > 0:
             losses["koleo"] = torch.stack([koleo_loss(c) for c in glob.cls.chunk(n_global)]).mean()
         if self.cfg.distil.centering == "centering":
             readings["center_norm"] = self.center_cls.norm()
         return losses, readings
 
-    def _compare(
-        self, student: Tensor, teacher: Tensor, ssl: SSLBatch, teacher_temp: float
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """DINO and iBOT of what goes through the heads: global class tokens, masked patches, local class tokens."""
-        n_global, batch = ssl.global_crops.shape[:2]
-        n_cls, n_masked, temp = n_global * batch, len(ssl.mask_indices), self.cfg.distil.student_temp
+    def _compare(self, student: Tensor, teacher: Tensor, ssl: SSLBatch, teacher_temp: float) -> Compared:
+        """By the logits of all rows."""
+        temp = self.cfg.distil.student_temp
         with torch.no_grad():
-            cls_targets, patch_targets = self._targets(self.teacher["head"](teacher).float(), n_cls, teacher_temp)
-        glob, patches, local = self.head(student).float().tensor_split([n_cls, n_cls + n_masked])
-        crops = torch.cat([glob, local]).unflatten(0, (-1, batch))
-        losses = {
-            "dino": dino_loss(crops, cls_targets.unflatten(0, (n_global, batch)), temp),
-            "ibot": ibot_loss(patches, patch_targets, ssl.mask_weights, temp),
-        }
-        mean, single = entropies(cls_targets)
-        return losses, {"teacher_entropy_mean": mean, "teacher_entropy_single": single}
+            logits = self.teacher["head"](teacher).float()
+            cls_targets, patch_targets = self._targets(logits, ssl.masks.shape[:2].numel(), teacher_temp)
+        crops, patches = _by_loss(self.head(student).float(), ssl)
+        dino = dino_loss(crops, cls_targets.unflatten(0, ssl.masks.shape[:2]), temp)
+        return Compared(dino, ibot_loss(patches, patch_targets, ssl.mask_weights, temp), *entropies(cls_targets))
 
-    def _compare_in_chunks(
-        self, student: Tensor, teacher: Tensor, ssl: SSLBatch, teacher_temp: float
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _compare_in_chunks(self, student: Tensor, teacher: Tensor, ssl: SSLBatch, teacher_temp: float) -> Compared:
         """The same without the logits of all rows."""
-        n_global, batch = ssl.global_crops.shape[:2]
-        n_cls, n_masked, temp = n_global * batch, len(ssl.mask_indices), self.cfg.distil.student_temp
+        temp = self.cfg.distil.student_temp
         with torch.no_grad():
             head = cast(DINOHead, self.teacher["head"])
             embedded, weight = head.embed(teacher), prototypes.rounded(head.last_layer.weight())
-            cls_teacher = self._teacher(embedded[:n_cls], weight, "center_cls", teacher_temp)
-            patch_teacher = self._teacher(embedded[n_cls:], weight, "center_patch", teacher_temp)
+            cls, patches = embedded.tensor_split([ssl.masks.shape[:2].numel()])
+            cls_teacher = self._teacher(cls, weight, "center_cls", teacher_temp)
+            patch_teacher = self._teacher(patches, weight, "center_patch", teacher_temp)
         weight = self.head.last_layer.weight()
-        glob, patches, local = self.head.embed(student).tensor_split([n_cls, n_cls + n_masked])
-        crops = torch.cat([glob, local]).unflatten(0, (-1, batch))
-        losses = {
-            "dino": prototypes.dino_loss(crops, weight, cls_teacher, temp),
-            "ibot": prototypes.ibot_loss(patches, weight, patch_teacher, ssl.mask_weights, temp),
-        }
-        mean, single = prototypes.teacher_entropies(cls_teacher)
-        return losses, {"teacher_entropy_mean": mean, "teacher_entropy_single": single}
+        crops, patches = _by_loss(self.head.embed(student), ssl)
+        dino = prototypes.dino_loss(crops, weight, cls_teacher, temp)
+        ibot = prototypes.ibot_loss(patches, weight, patch_teacher, ssl.mask_weights, temp)
+        return Compared(dino, ibot, *prototypes.teacher_entropies(cls_teacher))
 
     def _read(self, tokens: Tokens, masked: Tensor, trunk: ViT) -> Float[Tensor, "rows d"]:
         """Class tokens, then the patches at the masked places: what goes through the head."""
@@ -276,8 +274,8 @@ class Pretraining(nn.Module):
             return sinkhorn_knopp(cls, temp), sinkhorn_knopp(patches, temp)
         targets = centered_softmax(cls, self.center_cls, temp), centered_softmax(patches, self.center_patch, temp)
         if self.training:
-            self.center_cls = update_center(self.center_cls, cls, momentum=0.9)
-            self.center_patch = update_center(self.center_patch, patches, momentum=0.9)
+            self.center_cls = update_center(self.center_cls, cls, momentum=CENTER_MOMENTUM)
+            self.center_patch = update_center(self.center_patch, patches, momentum=CENTER_MOMENTUM)
         return targets
 
     def _teacher(self, embedded: Tensor, weight: Tensor, center: str, temp: float) -> prototypes.Teacher:
@@ -286,6 +284,12 @@ class Pretraining(nn.Module):
             return prototypes.Teacher(embedded, weight, temp, prototypes.sinkhorn_offsets(embedded, weight, temp))
         before = getattr(self, center)
         if self.training:
-            mean = prototypes.mean_logits(embedded, weight)
-            setattr(self, center, update_center(before, mean[None], momentum=0.9))
+            setattr(self, center, before.lerp(prototypes.mean_logits(embedded, weight), 1 - CENTER_MOMENTUM))
         return prototypes.Teacher(embedded, weight, temp, before / temp)
+
+
+def _by_loss(student: Float[Tensor, "rows x"], ssl: SSLBatch) -> tuple[Float[Tensor, "s b x"], Float[Tensor, "m x"]]:
+    """(class tokens by crop, global ones first; masked patches) of rows in the order of the heads' input."""
+    n_cls, batch = ssl.masks.shape[:2].numel(), ssl.masks.shape[1]
+    glob, patches, local = student.tensor_split([n_cls, n_cls + len(ssl.mask_indices)])
+    return torch.cat([glob, local]).unflatten(0, (-1, batch)), patches

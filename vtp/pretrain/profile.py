@@ -81,23 +81,23 @@ def _parts(events: Any, timed: str) -> dict[str, float]:
     made_by: dict[int, str] = {}
     nodes = []
     for event in events:
-        time = getattr(event, timed)
+        us = getattr(event, timed)
         if event.name in ("data", "views", "backward", "optimiser", "ema"):
-            spent[event.name] += time
+            spent[event.name] += us
         elif event.name == "forward" or event.name in OBJECTIVES:
-            spent[f"forward {event.name}"] += time
+            spent[f"forward {event.name}"] += us
             if event.name == "teacher":
-                spent["forward ssl"] -= time
+                spent["forward ssl"] -= us
             if event.name != "forward" and event.name != "teacher":
-                spent["forward forward"] -= time
+                spent["forward forward"] -= us
         elif event.name.startswith(BACKWARD):
-            nodes.append((event.sequence_nr, time))
+            nodes.append((event.sequence_nr, us))
         elif event.sequence_nr >= 0 and (objective := _range(event)) is not None:
             made_by[event.sequence_nr] = objective
-    for number, time in nodes:
+    for number, us in nodes:
         if number in made_by:
-            spent[f"backward {made_by[number]}"] += time
-            spent["backward"] -= time
+            spent[f"backward {made_by[number]}"] += us
+            spent["backward"] -= us
     spent["forward rest"], spent["backward rest"] = spent.pop("forward forward"), spent.pop("backward")
     order = ["data", "views", *(f"{way} {o}" for way in ("forward", "backward") for o in (*OBJECTIVES, "rest"))]
     return {name: spent[name] for name in (*order, "optimiser", "ema") if spent[name]}

@@ -279,6 +279,8 @@ def main(argv: Sequence[str]) -> None:
     if argv[0].startswith("first_batch="):
         first_batch(argv[0].partition("=")[2])
         return
+    if argv[0] not in FIGURES:
+        raise SystemExit(f"no figure {argv[0]!r}; one of {', '.join(FIGURES)}")
     with tempfile.TemporaryDirectory() as folder:
         FIGURES[argv[0]](Path(folder))
 

@@ -4,14 +4,16 @@
 
 A ViT of 192 x 6 with patch 16, text tower and decoder alike, fp32 on 2 threads (one a rank where there are two), all
 objectives. Around one setting (64 px, 8 images for each objective, 4 local crops of 32 px, 2,048 prototypes) one thing
-is changed at a time. Each point is a process of its own: seconds are those of the fastest of 12 steps, memory
-is what the steps add to the process's resident size before the first, at the most (Linux).
+is changed at a time. All points are measured in three passes, each in a process of its own: seconds are those of the
+fastest of 3 x 12 steps (a shared machine is slow for a minute at a time), memory is what the steps add to the process's
+resident size before the first, the median of the three (Linux).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -33,7 +35,7 @@ LABELS = {
     "prototypes": "prototypes (k: 1,024)",
     "ranks": "ranks, batch as before on each",
 }
-STEPS = 12
+STEPS, PASSES = 12, 3
 
 
 def point(setting: dict[str, int]) -> None:
@@ -126,15 +128,13 @@ def draw(found: dict[str, list[tuple[int, float, float]]], file: str) -> None:
 def main(argv: list[str]) -> None:
     if argv[:1] == ["point"]:
         return point(json.loads(argv[1]))
+    settings = {json.dumps(BASE | {name: value}): BASE | {name: value} for name in SWEEPS for value in SWEEPS[name]}
+    passes = [{key: measure(setting) for key, setting in settings.items()} for _ in range(PASSES)]
     found: dict[str, list[tuple[int, float, float]]] = {}
-    known: dict[str, tuple[float, float]] = {}
     for name, values in SWEEPS.items():
         for value in values:
-            setting = BASE | {name: value}
-            key = json.dumps(setting)
-            if key not in known:
-                known[key] = measure(setting)
-            seconds, megabytes = known[key]
+            times, sizes = zip(*(known[json.dumps(BASE | {name: value})] for known in passes), strict=True)
+            seconds, megabytes = min(times), statistics.median(sizes)
             found.setdefault(name, []).append((value, seconds, megabytes))
             record = {"name": f"joint step, {name} {value}", "value": round(seconds, 4), "unit": "s"}
             print(json.dumps(record | {"memory_mb": round(megabytes)}), flush=True)

@@ -16,7 +16,6 @@ from vtp.engine import checkpoint
 from vtp.engine.logging import MACHINE, MetricsLog
 from vtp.engine.loop import LoopConfig, NonFiniteError, open_run, train
 from vtp.engine.optim import OptimConfig, adamw, optimizer_tensors, set_schedule, update
-from vtp.engine.speed import matmul_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,8 +278,3 @@ def test_a_record_that_cannot_be_written_stops_the_run(tmp_path):
     with pytest.raises(OSError):
         log.write(2, {"total": 1.0})
     log.close()
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_matmul_rate_is_a_rate(precision):
-    assert 1e9 < matmul_rate(torch.device("cpu"), precision) < 1e14

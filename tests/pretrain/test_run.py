@@ -26,6 +26,7 @@ from vtp.engine.logging import MACHINE
 from vtp.engine.loop import LoopConfig, NonFiniteError
 from vtp.engine.optim import OptimConfig
 from vtp.models.vtp_hf import VTPModel
+from vtp.pretrain.config import PretrainConfig
 from vtp.pretrain.learner import PretrainLearner
 from vtp.pretrain.run import pretrain
 from vtp.schedules import WarmupCosine
@@ -271,3 +272,10 @@ def dying(self, momentum):
 Pretraining.follow = dying
 main(["pretrain", sys.argv[1]])
 """
+
+
+def test_a_run_writes_down_the_precision_that_it_took(monkeypatch, tiny, tmp_path):
+    monkeypatch.setattr("vtp.pretrain.run.pick_precision", lambda asked, device: "fp32")
+    cfg = replace(tiny, precision="auto", steps=1, out=str(tmp_path / "run"))
+    pretrain(cfg)
+    assert config.load(tmp_path / "run" / "config.yaml", PretrainConfig()).precision == "fp32"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vtp.config import ConfigError
+from vtp.engine.logging import say
 from vtp.schedules import Ramp, WarmupCosine
 
 Precision = Literal["fp32", "bf16"]
+Asked = Literal["auto", "fp32", "bf16"]
+BF16_CPU = ("avx512_bf16", "amx_bf16", "bf16")  # the last is ARM's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +75,24 @@ def optimizer_tensors(optimizer: torch.optim.AdamW, parameters: Iterable[tuple[s
             optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
         state[name] = dict(optimizer.state[p])
     return state
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 itself; elsewhere torch does it in software, some 100 times slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return torch.backends.mkldnn.is_available() and any(able.get(name) for name in BF16_CPU)
+
+
+@functools.cache  # says what it has to say once
+def pick_precision(asked: Asked, device: torch.device) -> Precision:
+    """`auto` is bf16 where the device multiplies it itself, else fp32, as on most laptops' processors."""
+    if asked == "auto":
+        return "bf16" if has_bf16(device) else "fp32"
+    if asked == "bf16" and not has_bf16(device):
+        say(f"precision=bf16: this {device.type} multiplies bfloat16 in software, many times slower than fp32")
+    return asked
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

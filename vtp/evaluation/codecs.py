@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vtp.config import ConfigError
-from vtp.engine.optim import Precision, inference, pick_device
+from vtp.engine.optim import Asked, Precision, inference, pick_device, pick_precision
 from vtp.images import from_symmetric, to_symmetric
 from vtp.models.published import check_tokenizer, open_tokenizer, reading, refuse_other_weights, where_instead
 
@@ -71,7 +71,7 @@ def read_make(folder: Path) -> Make:
     return Make(kind, weights, known.image_size, known.vision_patch_size)
 
 
-def open_codec(folder: Path, device: str = "auto", precision: Precision = "fp32") -> Codec:
+def open_codec(folder: Path, device: str = "auto", asked: Asked = "fp32") -> Codec:
     """Open a published VTP folder, or a folder of diffusers' AutoencoderKL (latents: the mode of its posterior).
 
     Raises:
@@ -80,6 +80,7 @@ def open_codec(folder: Path, device: str = "auto", precision: Precision = "fp32"
     make = read_make(folder)
     parts = _vtp(folder) if make.kind == "VTP" else _autoencoder_kl(folder)
     here = pick_device(device)
+    precision = pick_precision(asked, here)
     parts.model.eval().to(here)
     parameters = {"encoder": _count(parts.encoder), "decoder": _count(parts.decoder)}
     encode, decode = (inference(part, here, precision) for part in (parts.encode, parts.decode))

@@ -112,7 +112,7 @@ def compare(
         batches = image_batches(source, size, cfg.batch_size, center_crop, cfg.limit)
         metrics = reconstruction(timed, seen.passing(batches), network)
         protocol = {"data": data, "images": seen.count, "resize": "centre crop", "size": size}
-        protocol |= {"precision": cfg.precision, "batch_size": cfg.batch_size, "device": str(device)}
+        protocol |= {"precision": codec.precision, "batch_size": cfg.batch_size, "device": str(device)}
         protocol |= {"threads": torch.get_num_threads()} if device.type == "cpu" else {}
         protocol |= {} if network is None else {"extractor": network.protocol}
         result = write_result(

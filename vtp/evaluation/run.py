@@ -18,7 +18,7 @@ from torch import Tensor
 from vtp.config import ConfigError
 from vtp.data.passes import class_names, image_batches, labelled_batches
 from vtp.data.sources import CLASS_TEMPLATES, Source, open_source
-from vtp.engine.optim import Precision, inference, pick_device
+from vtp.engine.optim import Asked, inference, pick_device, pick_precision
 from vtp.evaluation import generation as generated
 from vtp.evaluation import probes
 from vtp.evaluation import reconstruction as reconstructed
@@ -52,7 +52,7 @@ class EvalConfig:
     limit: int | None = None  # test images at most; None is all
     batch_size: int = 64
     device: str = "auto"
-    precision: Precision = "fp32"
+    precision: Asked = "fp32"
     seed: int = 0
     out: Path | None = None  # results JSON
 
@@ -68,14 +68,15 @@ class Opened:
 
     def __init__(self, folder: Path, cfg: EvalConfig) -> None:
         self.weights = tokenizer_weights(folder)
-        self.device, self.precision = pick_device(cfg.device), cfg.precision
+        self.device = pick_device(cfg.device)
+        self.precision = pick_precision(cfg.precision, self.device)
         model: Any = open_tokenizer(folder)
         self.model = model.to(self.device)
         self.size = self.model.config.image_size if cfg.size is None else cfg.size
         patch = self.model.config.vision_patch_size
         if self.size % patch:
             raise ConfigError(f"size={self.size} is not a multiple of the tokenizer's patch size {patch}")
-        self.protocol = {"size": self.size, "precision": cfg.precision}
+        self.protocol = {"size": self.size, "precision": self.precision}
 
     def needs(self, key: str, task: str) -> None:
         """Refuse a tokenizer that was trained without what the task asks for."""

@@ -41,7 +41,7 @@ class DiTTrainConfig:
     steps: int = 100_000
     seed: int = 0
     device: str = "auto"
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device multiplies it, else fp32
     resume: Literal["auto", "never", "anyway"] = "auto"  # anyway: go on although the configuration has changed
     batch_size: int = 1_024  # per rank
     flip: bool = True  # half of the latents are those of the mirrored image; false where left and right mean something

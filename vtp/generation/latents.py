@@ -26,7 +26,7 @@ from torch import Tensor
 from vtp.config import ConfigError
 from vtp.data.sources import Source, open_source
 from vtp.engine.logging import console, progress_bar
-from vtp.engine.optim import Precision, inference, pick_device
+from vtp.engine.optim import Asked, inference, pick_device, pick_precision
 from vtp.files import file_sha256
 from vtp.images import center_crop, normalise
 from vtp.models.latent_stats import ChannelStats
@@ -121,7 +121,7 @@ def encode_latents(
     batch_size: int = 64,
     shard_size: int = 10_000,
     device: str = "auto",
-    precision: Precision = "fp32",
+    precision: Asked = "fp32",
 ) -> Path:
     """Write the latents of `data` under a tokenizer to `out`, and return it.
 
@@ -171,7 +171,7 @@ def encode_latents(
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("shard_*.safetensors"):  # of an unfinished run
         old.unlink()
-    encode = inference(model.get_reconstruction_latents, target, precision)
+    encode = inference(model.get_reconstruction_latents, target, pick_precision(precision, target))
     left_out: Counter[str] = Counter()
     samples = islice(_labelled(source, label, size, left_out), limit)
     sums = _Moments()

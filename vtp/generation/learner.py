@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vtp import dist
-from vtp.engine.optim import adamw, autocast, optimizer_tensors, set_schedule, update
+from vtp.engine.optim import adamw, autocast, optimizer_tensors, pick_precision, set_schedule, update
 from vtp.flow.path import cosine_loss, interpolate, mse_loss, target_velocity
 from vtp.flow.times import logit_normal
 from vtp.generation.config import DiTTrainConfig
@@ -73,6 +73,7 @@ class DiTLearner:
 
     def __init__(self, cfg: DiTTrainConfig, model: LightningDiT, latents: Latents, device: torch.device) -> None:
         self.cfg, self.device = cfg, device
+        self.precision = pick_precision(cfg.precision, device)
         self.model = model.to(device).train()
         self.student = nn.ModuleDict({"dit": self.model})
         self.average = EMATeacher(self.student)
@@ -92,7 +93,7 @@ class DiTLearner:
         noise = torch.randn_like(data)
         t = logit_normal(len(data), cfg.times.mu, cfg.times.sigma, device=self.device)
         labels = drop_labels(labels, self.model.null_class, cfg.label_dropout)
-        with autocast(self.device, cfg.precision):
+        with autocast(self.device, self.precision):
             pred = self.velocity(interpolate(noise, data, t), t, labels)
         target = target_velocity(noise, data)
         mse, cosine = mse_loss(pred, target).mean(), cosine_loss(pred, target).mean()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from vtp import dist
 from vtp.config import ConfigError
 from vtp.engine.logging import console
 from vtp.engine.loop import open_run, reseed, train
-from vtp.engine.optim import pick_device
+from vtp.engine.optim import pick_device, pick_precision
 from vtp.generation.config import DiTTrainConfig
 from vtp.generation.latents import Latents
 from vtp.generation.learner import DiTLearner, LatentBatches
@@ -36,9 +36,11 @@ def train_dit(cfg: DiTTrainConfig) -> Path:
         shape = DiTConfig(input_size=rows, in_channels=channels, num_classes=classes, **asdict(cfg.model))
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
+    device = pick_device(cfg.device)
+    cfg = replace(cfg, precision=pick_precision(cfg.precision, device))  # a resumed run keeps what this one took
     out = open_run(cfg, cfg.resume, ignore=ORCHESTRATION)
     reseed(cfg.seed, 0, 0)  # every rank starts from the same weights
-    learner = DiTLearner(cfg, LightningDiT(shape), latents, pick_device(cfg.device))
+    learner = DiTLearner(cfg, LightningDiT(shape), latents, device)
     batches = LatentBatches(latents, cfg.batch_size, cfg.seed, cfg.flip)
     train(learner, batches, cfg.steps, cfg.seed, cfg.loop, out, title=out.name)
     if dist.is_main():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vtp.config import ConfigError
 from vtp.engine.logging import console, progress_bar
-from vtp.engine.optim import Precision, autocast, pick_device
+from vtp.engine.optim import Asked, autocast, pick_device, pick_precision
 from vtp.files import file_sha256
 from vtp.flow.guidance import classifier_free
 from vtp.flow.samplers import Velocity, dopri5, euler, heun
@@ -45,7 +45,7 @@ def sample(
     batch_size: int = 64,
     tokenizer: Path | None = None,
     device: str = "auto",
-    precision: Precision = "fp32",
+    precision: Asked = "fp32",
 ) -> Path:
     """Write `num` pictures 000000.png ..., grid.png (a row for each class) and samples.json to `out`; returns it.
 
@@ -75,6 +75,7 @@ def sample(
     if out.is_dir() and any(out.iterdir()) and not (out / "samples.json").is_file():
         raise ConfigError(f"{out} is not empty and holds no samples.json; choose another --out")
     target = pick_device(device)
+    used = pick_precision(precision, target)
     model = LightningDiT.from_pretrained(folder).to(target)
     decoder, place = _tokenizer(stats, tokenizer)
     decoder.to(target)
@@ -85,7 +86,7 @@ def sample(
         velocity = classifier_free(
             _velocity(model, labels), _velocity(model, torch.full_like(labels, model.null_class)), cfg_scale, interval
         )
-        with autocast(target, precision):
+        with autocast(target, used):
             latents = SAMPLERS[sampler](velocity, _noise(seed, first, last, stats.shape).to(target), times)
             return to_uint8(decoder.get_latents_decoded_images(stats.denormalise(latents)))
 
@@ -103,7 +104,7 @@ def sample(
         "cfg_scale": cfg_scale,
         "interval": list(interval),
         "seed": seed,
-        "precision": precision,
+        "precision": used,
         "classes": {stats.classes[c]: c for c in chosen},
         "labels": "picture i is of class i modulo the number of classes, its noise seeded by (seed, i)",
         "dit": str(folder.resolve()),

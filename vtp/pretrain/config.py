@@ -78,7 +78,7 @@ class PretrainConfig:
     steps: int = 1_000
     seed: int = 0
     device: str = "auto"
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device multiplies it, else fp32
     resume: Literal["auto", "never", "anyway"] = "auto"  # anyway: go on although the configuration has changed
     publish: Literal["student", "teacher"] = "student"  # whose trunk the tokenizer has; all else has no teacher
     workers: int = 1  # loader processes per rank; 0 loads in the training process

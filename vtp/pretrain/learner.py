@@ -12,7 +12,7 @@ from torch.profiler import record_function
 from vtp import dist
 from vtp.data.augment import finish
 from vtp.data.batches import Batch
-from vtp.engine.optim import adamw, autocast, optimizer_tensors, set_schedule, update
+from vtp.engine.optim import adamw, autocast, optimizer_tensors, pick_precision, set_schedule, update
 from vtp.engine.parallel import parallelise
 from vtp.engine.speed import matmul_rate
 from vtp.models.layers import Recomputable
@@ -28,14 +28,15 @@ class PretrainLearner:
 
     def __init__(self, cfg: PretrainConfig, device: torch.device) -> None:
         self.cfg, self.device = cfg, device
+        self.precision = pick_precision(cfg.precision, device)
         self.objectives = Pretraining(cfg).to(device).train()
         blocks = [module for module in self.objectives.modules() if isinstance(module, Recomputable)]
-        self.forward = parallelise(self.objectives, blocks, cfg.parallel, device, cfg.precision)
+        self.forward = parallelise(self.objectives, blocks, cfg.parallel, device, self.precision)
         self.weights = cfg.weights.by_loss()
         self.images_per_step = cfg.active_batch.pairs * dist.world_size()
         self.trainable = [p for p in self.objectives.parameters() if p.requires_grad]
         self.optimizer = adamw(self.objectives.named_parameters(), cfg.optim)
-        self.rate = matmul_rate(device, cfg.precision)
+        self.rate = matmul_rate(device, self.precision)
 
     def step(self, batch: Batch, step: int) -> dict[str, Tensor | float]:
         """Learn from one batch of uint8 views; step i's augmentation and stochastic depth come from the step's seed."""
@@ -48,7 +49,7 @@ class PretrainLearner:
         cfg = self.cfg
         images, total_images = step * self.images_per_step, cfg.steps * self.images_per_step
         lr = set_schedule(self.optimizer, cfg.optim, images, total_images)
-        with autocast(self.device, cfg.precision), record_function("forward"):
+        with autocast(self.device, self.precision), record_function("forward"):
             losses, readings = self.forward(batch, cfg.distil.teacher_temp(images, total_images))
         total = sum((self.weights[name] * loss for name, loss in losses.items()), torch.zeros((), device=self.device))
         with record_function("backward"):

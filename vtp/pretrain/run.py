@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from vtp.data.loader import Loader
 from vtp.data.sources import left_out, open_source
 from vtp.engine.logging import console
 from vtp.engine.loop import open_run, reseed, train
-from vtp.engine.optim import pick_device
+from vtp.engine.optim import pick_device, pick_precision
 from vtp.engine.parallel import whole
 from vtp.models.vtp_hf import publish
 from vtp.pretrain.config import PretrainConfig
@@ -31,6 +32,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
         NonFiniteError: a loss became NaN or infinite; the last good checkpoint is kept.
     """
     device = pick_device(cfg.device)
+    cfg = replace(cfg, precision=pick_precision(cfg.precision, device))  # a resumed run keeps what this one took
     loader = open_loader(cfg, device)
     out = open_run(cfg, cfg.resume, ignore=ORCHESTRATION)
     reseed(cfg.seed, 0, 0)  # every rank starts from the same weights

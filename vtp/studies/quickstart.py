@@ -77,7 +77,7 @@ def run_tokenizer(cfg: PretrainConfig, ask: Comparison, judge: Path) -> None:
     tokenizer = pretrain(cfg)
     _question(run, tokenizer, judge, ask, clip=cfg.weights.clip > 0)
     latents = encode_latents(
-        tokenizer, TRAIN, run / "latents", label=DRAWN, flip=False, limit=ask.latents, batch_size=256, precision="bf16"
+        tokenizer, TRAIN, run / "latents", label=DRAWN, flip=False, limit=ask.latents, batch_size=256, precision="auto"
     )
     train_dit(replace(ask.dit, data=str(latents), out=str(run / "dit")))
     for samples, scale in (("samples", ask.guidance), ("samples_unguided", 1.0)):
@@ -88,7 +88,7 @@ def run_tokenizer(cfg: PretrainConfig, ask: Comparison, judge: Path) -> None:
             steps=ask.sampling_steps,
             cfg_scale=scale,
             batch_size=256,
-            precision="bf16",
+            precision="auto",
         )
         evaluate.generation(
             drawn,
@@ -105,7 +105,7 @@ def _question(run: Path, tokenizer: Path, judge: Path, ask: Comparison, clip: bo
     """Zero-shot, probes and reconstruction on the held-out pictures."""
 
     def asked(name: str) -> EvalConfig:
-        return EvalConfig(out=run / "eval" / f"{name}.json", batch_size=250, precision="bf16", limit=ask.test_images)
+        return EvalConfig(out=run / "eval" / f"{name}.json", batch_size=250, precision="auto", limit=ask.test_images)
 
     for label in ZERO_SHOT if clip else ():
         evaluate.zero_shot(tokenizer, TEST, label=label, cfg=asked(f"zero-shot-{label}"))

@@ -1,0 +1,45 @@
+"""bf16 is taken by itself only where the device multiplies it itself: elsewhere it is a hundred times slower."""
+
+import pytest
+import torch
+
+from vtp.engine import optim
+from vtp.engine.optim import pick_precision
+from vtp.engine.speed import matmul_rate
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    pick_precision.cache_clear()
+    yield
+    pick_precision.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("able", "mkldnn", "expected"),
+    [
+        ({"avx2": True, "avx512_bf16": False}, True, "fp32"),
+        ({"avx512_bf16": True}, True, "bf16"),
+        ({"amx_bf16": True}, True, "bf16"),
+        ({"neon": True, "bf16": True}, True, "bf16"),
+        ({"neon": True, "bf16": True}, False, "fp32"),  # a Mac: torch has no kernel that uses it
+    ],
+)
+def test_auto_asks_the_processor(monkeypatch, able, mkldnn, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: mkldnn)
+    assert pick_precision("auto", CPU) == expected
+
+
+def test_matmul_rate_is_a_rate():
+    assert 1e9 < matmul_rate(CPU, "fp32") < 1e14
+
+
+def test_bf16_in_software_is_done_but_said_once(monkeypatch):
+    said = []
+    monkeypatch.setattr(optim, "has_bf16", lambda device: False)
+    monkeypatch.setattr(optim, "say", said.append)
+    assert {pick_precision("bf16", CPU) for _ in range(3)} == {"bf16"}
+    assert len(said) == 1 and "slower than fp32" in said[0]

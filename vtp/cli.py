@@ -58,14 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("data", metavar="DATA")
     p.add_argument("--out", type=Path, default=Path("inspect"), metavar="DIR", help="default: inspect")
     p.add_argument("--annotations", metavar="JSONL", help="captions and labels by key, beside tar shards")
-    p.add_argument("--limit", type=int, metavar="N", help="samples at most")
+    p.add_argument("--limit", type=_count, metavar="N", help="samples at most")
     p = _command(about_data, "pack", pack_data, "any data to tar shards of equal counts, with checksums")
     p.add_argument("data", metavar="SOURCE")
     p.add_argument("--out", type=Path, required=True, metavar="DIR")
     p.add_argument("--annotations", metavar="JSONL", help="captions and labels by key, beside tar shards")
     p.add_argument("--shard-size", type=int, default=1_000, metavar="N", help="samples a shard at most (1000)")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (one a core)")
-    p.add_argument("--limit", type=int, metavar="N", help="samples at most; give it for scenes, which has a million")
+    p.add_argument("--limit", type=_count, metavar="N", help="samples at most; give it for scenes, which has a million")
 
     evals = _group(commands, "eval", "judge a tokenizer, or generated pictures")
     p = _command(evals, "zero-shot", zero_shot, "classify images by text")
@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--extractor", metavar="NAME", help="inception[:FILE] (rFID), squeezenet:FILE or judge:FOLDER")
     p.add_argument("--annotations", metavar="JSONL", help="captions and labels by key, beside tar shards")
     p.add_argument("--size", type=int, metavar="PIXELS", help="side of the images; default: the tokenizers'")
-    p.add_argument("--limit", type=int, metavar="N", help="images at most")
+    p.add_argument("--limit", type=_count, metavar="N", help="images at most")
     _machine(p)
 
     p = _command(commands, "convert", convert, "make a tokenizer folder of a checkpoint of the published training code")
@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--annotations", metavar="JSONL", help="captions and labels by key, beside tar shards")
     p.add_argument("--size", type=int, metavar="PIXELS", help="side of the images; default: the tokenizer's")
     p.add_argument("--no-flip", dest="flip", action="store_false", help="leave out the mirrored images")
-    p.add_argument("--limit", type=int, metavar="N", help="images at most; give it for scenes, which has a million")
+    p.add_argument("--limit", type=_count, metavar="N", help="images at most; give it for scenes, which has a million")
     _machine(p)
 
     p = _command(commands, "export", export, "write programs that run without this package")
@@ -201,10 +201,16 @@ def _label(parser: argparse.ArgumentParser) -> None:
 def _evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--annotations", metavar="JSONL", help="captions and labels by key, beside tar shards")
     parser.add_argument("--size", type=int, metavar="PIXELS", help="side of the images; default: the tokenizer's")
-    parser.add_argument("--limit", type=int, metavar="N", help="images at most")
+    parser.add_argument("--limit", type=_count, metavar="N", help="images at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, metavar="results.json")
     _machine(parser)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"it must be a number of at least 1, not {text}")
+    return int(text)
 
 
 def _machine(parser: argparse.ArgumentParser) -> None:

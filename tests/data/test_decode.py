@@ -71,6 +71,23 @@ def test_bad_bytes_are_named():
         assert caught.value.reason == reason
 
 
+def test_programs_in_a_picture_s_clothes_are_not_run(monkeypatch):
+    """PIL would hand PostScript to Ghostscript, where a loop has no end."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("it ran"))
+    for data in (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n",
+        encoded(RED_LEFT, "EPS"),
+    ):
+        with pytest.raises(BadImage) as caught:
+            decode(data)
+        assert caught.value.reason == "not an image"
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "WEBP", "MPO"])
+def test_other_kinds_of_pictures(kind):
+    assert decode(encoded(RED_LEFT, kind)).shape == (12, 16, 3)
+
+
 def test_decompression_bombs_are_not_decoded(monkeypatch):
     bomb = encoded(Image.new("1", (12_000, 12_000)))
     with pytest.raises(BadImage, match="too many pixels"):

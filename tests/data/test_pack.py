@@ -111,3 +111,33 @@ def test_inspection_counts_and_names(folder, tmp_path, monkeypatch, capsys):
     assert "(a part)" in capsys.readouterr().out
     cli.main(["data", "pack", "scenes", "--limit", "10", "--workers", "1", "--out", str(tmp_path / "packed")])
     assert "packed 10 samples in 1 shards" in capsys.readouterr().out
+
+
+def test_what_is_left_out_is_counted_once_wherever_it_stands(tmp_path):
+    """Shards cut short or without a picture, and a name that is refused behind a shard's last sample."""
+    shards, out = tmp_path / "in", tmp_path / "out"
+    members = [(f"{i}.jpg", picture(i)) for i in range(4)]
+    write_tar(shards / "0.tar", [("x.txt", b"no picture")])
+    write_tar(shards / "1.tar", [*members, ("../out.jpg", picture(0))])
+    cut = write_tar(shards / "2.tar", members)
+    cut.write_bytes(cut.read_bytes()[:2_000])
+    write_tar(shards / "3.tar", [("y.txt", b"no picture")])
+    summary = write_inspection(str(shards), None, None, tmp_path / "page")
+    done = pack(str(shards), out, shard_size=2)
+    assert done["left_out"] == summary["left_out"] == {"no picture": 2, "unsafe name": 1, "broken shard": 1}
+    assert done["samples"] == summary["usable"]
+
+
+def test_inspection_takes_braces(tmp_path):
+    for s in range(2):
+        write_tar(tmp_path / f"[b]{s}.tar", [(f"{s}.jpg", picture(s))])
+    assert write_inspection(f"{tmp_path}/[[]b]{{0..1}}.tar", None, None, tmp_path / "page")["usable"] == 2
+
+
+def test_a_pack_of_data_that_has_changed_is_refused(folder, tmp_path):
+    out = tmp_path / "out"
+    pack(str(folder), out, shard_size=7)
+    (out / "00001.json").unlink()  # as if interrupted
+    (folder / "a" / "0.jpg").unlink()
+    with pytest.raises(ConfigError, match="data that has changed since .source: .* -> .*choose another --out"):
+        pack(str(folder), out, shard_size=7)

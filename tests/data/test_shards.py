@@ -1,5 +1,6 @@
 """Shards from real servers on loopback that break."""
 
+import json
 import logging
 import threading
 from collections import Counter
@@ -8,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from tests.data.test_sources import everything, picture, write_tar
+from vtp.config import ConfigError
 from vtp.data import shards
 from vtp.data.sources import open_source
 
@@ -34,6 +36,8 @@ def server(folder):
         def do_GET(self):
             asked[self.path] += 1
             fault = faults.get(self.path, {}).get(asked[self.path], faults.get(self.path, {}).get("always"))
+            if not (folder / self.path[1:]).is_file():
+                return self.send_error(404)
             data = (folder / self.path[1:]).read_bytes()
             self.send_response(fault[1] if fault and fault[0] == "status" else 200)
             self.send_header("Content-Length", str(len(data)))
@@ -54,6 +58,27 @@ def server(folder):
     stalled.set()
     running.shutdown()
     running.server_close()
+
+
+@pytest.fixture
+def classed(folder):
+    for s in range(3):
+        write_tar(folder / f"{s}.tar", [(f"{s}.jpg", picture(s)), (f"{s}.cls", b"%d" % s)])
+    return folder
+
+
+def test_classes_far_away_are_those_that_a_file_beside_the_shards_names(classed, server):
+    url = f"{server.url}/{{0..2}}.tar"
+    assert open_source(url).classes == {}
+    listed = [{"wnid": f"n{i}", "names": [name]} for i, name in enumerate(("bee", "owl", "newt"))]
+    (classed / "classes.json").write_text(json.dumps(listed))
+    server.faults["/classes.json"] = {2: ("status", 503)}
+    named = open_source(url)
+    assert named.classes == {"class": ("bee", "owl", "newt")} and server.asked["/classes.json"] == 3
+    assert [raw.labels for raw in everything(named)] == [{"class": i} for i in range(3)]
+    server.faults["/classes.json"] = {"always": ("status", 503)}
+    with pytest.raises(ConfigError, match="classes.json cannot be asked for: .*503"):
+        open_source(url)
 
 
 KEYS = [f"{s}{i}" for s in range(3) for i in range(9)]

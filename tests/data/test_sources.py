@@ -187,7 +187,15 @@ def test_broken_text_is_survived(tmp_path):
     raws = everything(source)
     assert raws[0].captions == ("caf\ufffd",) and raws[1].captions == ()
     assert source.report["broken json"] == source.report["caption not UTF-8"] == 1
-    assert left_out(source.report) == {"broken json": 1}  # the caption is kept, as far as it can be read
+    assert not left_out(source.report)  # pictures are kept, and captions as far as they can be read
+
+
+def test_json_is_read_as_far_as_it_can_be(tmp_path):
+    members = [("a.jpg", picture(0)), ("a.txt", b" "), ("a.json", b'{"caption": "caf\xe9"}')]
+    members += [("b.jpg", picture(1)), ("b.json", b"[" * 100_000)]
+    source = open_source(str(write_tar(tmp_path / "a.tar", members)))
+    assert [raw.captions for raw in everything(source)] == [("caf\ufffd",), ()]
+    assert source.report == {"samples": 2, "caption not UTF-8": 1, "broken json": 1}
 
 
 def test_a_page_of_text_is_cut(tmp_path):
@@ -207,10 +215,11 @@ def test_names_that_lead_out_of_their_place_are_left_out(tmp_path):
     folder = tmp_path / "f"
     folder.mkdir()
     (folder / "in.jpg").write_bytes(picture(1))
-    (folder / "metadata.jsonl").write_text('{"file_name": "../out.jpg"}\n{"file_name": "in.jpg"}')
+    rows = ("../out.jpg", str(tmp_path / "out.jpg"), "in.jpg")
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": row}) for row in rows))
     source = open_source(str(folder))
     assert [raw.key for raw in everything(source)] == ["in.jpg"]
-    assert source.report == {"samples": 2, "unsafe name": 1}
+    assert source.report == {"samples": 3, "unsafe name": 2}
 
 
 def test_a_key_that_comes_again_is_counted(tmp_path):
@@ -218,6 +227,55 @@ def test_a_key_that_comes_again_is_counted(tmp_path):
     source = open_source(str(write_tar(tmp_path / "a.tar", members)))
     assert [(r.key, r.image) for r in everything(source)] == [("a", picture(0)), ("b", picture(1))]
     assert source.report == {"samples": 2, "duplicate key": 1}
+
+
+def test_a_text_apart_from_its_picture_is_counted_as_that(tmp_path):
+    members = [(f"{k}.{e}", d) for e, d in (("jpg", picture(0)), ("txt", b"late")) for k in "ab"]
+    source = open_source(str(write_tar(tmp_path / "a.tar", members)))
+    assert [(r.key, r.captions) for r in everything(source)] == [("a", ()), ("b", ())]
+    assert left_out(source.report) == {"not beside its picture": 2}
+
+
+def test_dots_in_a_name_are_said_to_be_why_it_is_no_picture(tmp_path):
+    members = [("my.photo.jpg", picture(0)), ("my.photo.txt", b"x"), ("b.jpg", picture(1)), ("c.txt", b"x")]
+    source = open_source(str(write_tar(tmp_path / "a.tar", members)))
+    assert [r.key for r in everything(source)] == ["b"]
+    assert left_out(source.report) == {"dots in its name": 1, "no picture": 1}
+
+
+def test_names_as_tar_writes_them_of_a_dot(tmp_path):
+    flat = open_source(str(write_tar(tmp_path / "a.tar", [("./a.jpg", picture(0)), ("./b.jpg", picture(1))])))
+    assert flat.classes == {} and [(r.key, r.captions) for r in everything(flat)] == [("a", ()), ("b", ())]
+    classes = open_source(
+        str(write_tar(tmp_path / "b.tar", [("./owl/a.jpg", picture(0)), ("./bee/b.jpg", picture(1))]))
+    )
+    assert classes.classes == {"class": ("bee", "owl")} and [r.labels["class"] for r in everything(classes)] == [1, 0]
+
+
+def classed(path, words):
+    members = [(f"{i}.{e}", d) for i, w in enumerate(words) for e, d in (("jpg", picture(i)), ("cls", w.encode()))]
+    return write_tar(path, members)
+
+
+def test_words_as_classes_and_numbers_that_are_none(tmp_path):
+    words = open_source(str(classed(tmp_path / "words" / "a.tar", ["owl", "bee\n", "owl"])))
+    assert words.classes == {"class": ("bee", "owl")} and [r.labels["class"] for r in everything(words)] == [1, 0, 1]
+    mixed = open_source(str(classed(tmp_path / "mixed" / "a.tar", ["1", "owl", "0"])))
+    assert [r.labels.get("class") for r in everything(mixed)] == [1, None, 0]
+    assert mixed.report == {"samples": 3, "unknown class": 1} and not left_out(mixed.report)
+    with pytest.raises(ConfigError, match="KEY.cls holds 999999999999; classes are numbered"):
+        open_source(str(classed(tmp_path / "huge" / "a.tar", ["1", "999999999999"])))
+    (tmp_path / "mixed" / "classes.json").write_text(json.dumps([{"wnid": "n1", "names": ["newt"]}]))
+    named = open_source(str(tmp_path / "mixed" / "a.tar"))
+    assert named.classes == {"class": ("newt",)} and named.report == {}
+    assert [r.captions != () for r in everything(named)] == [False, False, True]
+    assert named.report == {"samples": 3, "unknown class": 2}
+
+
+def test_classes_of_shards_that_cannot_be_scanned_are_none(tmp_path):
+    piped = open_source(f"pipe:cat {classed(tmp_path / 'a.tar', ['1', '0'])}")
+    assert piped.classes == {} and [r.labels for r in everything(piped)] == [{}, {}]
+    assert piped.report == {"samples": 2, "unknown class": 2}
 
 
 def test_the_embedded_set():
@@ -239,14 +297,16 @@ def test_the_embedded_set():
         ("empty.tar", "no pictures in .*empty.tar"),
         ("words.txt", "words.txt is not a tar shard"),
         ("broken", "metadata.jsonl, line 2: not a JSON object with"),
+        ("deep", "metadata.jsonl, line 1: not a JSON object with"),
     ],
 )
 def test_data_that_is_not_there_is_one_clear_error(tmp_path, data, message):
     (tmp_path / "empty").mkdir()
     write_tar(tmp_path / "empty.tar", [("a.txt", b"x")])
     (tmp_path / "words.txt").write_text("no tar")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "metadata.jsonl").write_text('{"file_name": "a.jpg"}\n{"text": "x"}\n')
+    for name, text in (("broken", '{"file_name": "a.jpg"}\n{"text": "x"}\n'), ("deep", "[" * 100_000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metadata.jsonl").write_text(text)
     with pytest.raises(ConfigError, match=message):
         open_source(str(tmp_path / data))
 
@@ -315,8 +375,9 @@ def test_hugging_face_datasets(tmp_path, kind):
     assert raws[0].captions == tuple(t.format("a") for t in CLASS_TEMPLATES) and raws[5].captions == ("number 5",)
     assert [r.labels["class"] for r in raws] == [0, 1, 2] * 4
     np.testing.assert_array_equal(counts(source, "class"), [4, 4, 4])
-    with pytest.raises(ConfigError, match="cannot be opened"):
-        open_source(f"hf:{tmp_path}/set:nowhere" if kind != "saved" else f"hf:{tmp_path}/set/gone")
+    for gone in ("set:nowhere", "set/gone"):
+        with pytest.raises(ConfigError, match="cannot be opened"):
+            open_source(f"hf:{tmp_path}/{gone}")
 
 
 def test_a_hugging_face_set_without_the_library(tmp_path, monkeypatch):

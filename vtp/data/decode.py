@@ -13,6 +13,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from vtp.images import rgb
 
 MAX_PIXELS = 64_000_000  # larger pictures are taken for decompression bombs
+# What PIL may take bytes for: of its other kinds some start programs (PostScript), and none is a photograph's.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MIN_SIDE = 4  # smaller ones are what web pages count their visitors with
 _ORIENTATION = 0x0112  # EXIF tag
 
@@ -26,7 +28,7 @@ class BadImage(ValueError):
 
 
 def decode(data: bytes) -> UInt8[ndarray, "h w 3"]:
-    """Decode an image file of any kind PIL reads.
+    """Decode an image file of one of the `FORMATS`.
 
     EXIF rotation is applied, transparency is laid over white, CMYK and palettes become RGB, 16 bits become 8 by
     dropping the low byte, and of an animation the first frame is taken.
@@ -40,7 +42,7 @@ def decode(data: bytes) -> UInt8[ndarray, "h w 3"]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns of large pictures and odd metadata; the size is checked here
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage("too many pixels", f"{image.width} x {image.height}, at most {MAX_PIXELS} are decoded")
             if min(image.size) < MIN_SIDE:
@@ -56,6 +58,13 @@ def decode(data: bytes) -> UInt8[ndarray, "h w 3"]:
         raise
     except Exception as error:  # PIL's plugins raise OSError, SyntaxError, struct.error, ... on broken files
         raise BadImage("corrupt image", f"{type(error).__name__}: {error}") from None
+
+
+def image_format(data: bytes) -> str:
+    """Which of the `FORMATS` a picture has that `decode` reads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Image.open(io.BytesIO(data), formats=FORMATS).format or ""
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -8,6 +8,7 @@ All workers of all ranks are streams of one epoch, which is split among them wit
 from __future__ import annotations
 
 import itertools
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -24,10 +25,11 @@ from vtp import dist
 from vtp.config import ConfigError
 from vtp.data.batches import Batch, Tokenizer, build
 from vtp.data.order import BATCH, Cursor, Layout, Place, positions
-from vtp.data.sources import Raw, Source, head, left_out
+from vtp.data.sources import Raw, Source, fingerprint, head, left_out
 from vtp.data.views import BatchConfig, ViewsConfig, check
 
-_FORMAT = 1  # of what state_dict returns
+log = logging.getLogger(__name__)
+_FORMAT = 2  # of what state_dict returns
 _PATIENCE = 20_000  # unusable samples in a row: twice the largest usual shard
 
 
@@ -45,6 +47,7 @@ class Loader:
         max_broken: share of samples that may be unusable before the run is stopped.
         pin_memory: whether batches are to be copied to a GPU.
         others: sources of their own for the objectives "ssl" and "rec".
+        anew: where a saved position is one in other data, begin this data at its first epoch instead of refusing it.
 
     Raises:
         ConfigError: sizes that do not fit, no usable picture, or no captions where they are needed.
@@ -64,6 +67,7 @@ class Loader:
         max_broken: float = 0.5,
         pin_memory: bool = False,
         others: Mapping[str, Source] = MappingProxyType({}),
+        anew: bool = False,
     ) -> None:
         check(views, batch, patch_size)
         self.seed, self.workers = seed, workers
@@ -79,6 +83,8 @@ class Loader:
                         "loader processes; use fewer workers or more data"
                     )
         self._names = [part.name for draw in draws for part, _ in draw.source.parts]
+        self._contents = [fingerprint(draw.source) for draw in draws]
+        self._anew = anew
         self._dataset = _Batches(
             draws, views, batch, tokenizer, patch_size, seed, self._makers, shuffle, dist.rank(), self._streams
         )
@@ -142,7 +148,8 @@ class Loader:
             td.all_gather_object(ranks, (self._dataset.cursors, self.report))
         self._saved = sum((report for _, report in ranks), self._before)
         state: dict[str, Any] = {"format": _FORMAT, "seed": self.seed, "workers": self._makers, "next": self._next}
-        state |= {"sources": self._names, "cursors": [c for cursors, _ in ranks for c in cursors]}
+        state |= {"sources": self._names, "contents": self._contents}
+        state |= {"cursors": [c for cursors, _ in ranks for c in cursors]}
         return state | {"past": list(self._dataset.past), "report": dict(self._saved)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -153,19 +160,30 @@ class Loader:
         than `shuffle` samples, those it had taken from the block it was shuffling; of others nothing is repeated.
 
         Raises:
-            ConfigError: another seed, other sources, or a state that another version of vtp wrote.
+            ConfigError: another seed, other sources (unless `anew`), or a state that another version of vtp wrote.
         """
         if state.get("format") != _FORMAT:
             raise ConfigError(
                 "the checkpoint's position in the data was written by another version of vtp; go on with that "
                 "version, or begin anew with another out="
             )
-        here = {"seed": self.seed, "sources": self._names}
-        there = {name: state[name] for name in here}
-        if here != there:
-            raise ConfigError(f"the loader's position was saved with {there}, but this run has {here}; make them equal")
+        if state["seed"] != self.seed:
+            raise ConfigError(f"the position in the data was saved with seed={state['seed']}, not {self.seed}")
+        here = {"sources": self._names, "contents": self._contents}
+        changed = [name for name in here if here[name] != state[name]]
+        if changed and not self._anew:
+            raise ConfigError(
+                f"the position was saved in other data ({' and '.join(state['sources'])}) than "
+                f"{' and '.join(self._names)}; by resume=anyway this data is begun at its first epoch"
+                if "sources" in changed
+                else f"{' and '.join(self._names)} lists other files than when the position was saved; "
+                "by resume=anyway it is begun at its first epoch"
+            )
         self.close()
         self._reports, self._before, self._saved = {}, Counter(state["report"]), Counter(state["report"])
+        if changed:
+            log.warning("%s: other data than before, begun at its first epoch", " and ".join(self._names))
+            return
         cursors = [Cursor(w, tuple(Place(*p) for p in places), n) for w, places, n in state["cursors"]]
         past = [tuple(Layout(n, tuple((e, f, s) for e, f, s in ends)) for n, ends in of) for of in state["past"]]
         if (len(cursors), state["workers"]) == (self._streams, self._makers):

@@ -10,7 +10,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ import numpy as np
 from PIL import Image
 
 from vtp.config import ConfigError
-from vtp.data.decode import BadImage
-from vtp.data.sources import Raw, Source, left_out, open_source
+from vtp.data.decode import BadImage, image_format
+from vtp.data.sources import Raw, Source, fingerprint, left_out, open_source
 from vtp.files import file_sha256
 
 PLAN, SUMS = "pack.json", "SHA256SUMS"
@@ -57,11 +56,18 @@ def pack(
     source = open_source(data, annotations)
     out.mkdir(parents=True, exist_ok=True)
     plan: dict[str, Any] = {"data": data, "annotations": annotations, "shard_size": shard_size, "limit": limit}
+    plan["source"] = fingerprint(source)
     file = out / PLAN
     if file.is_file():
         saved = json.loads(file.read_text())
-        if {key: saved[key] for key in plan} != plan:
-            raise ConfigError(f"{out} holds shards of another pack ({saved}); choose another --out or delete it")
+        if {key: saved.get(key) for key in plan} != plan:
+            changed = "; ".join(
+                f"{key}: {saved.get(key)} -> {plan[key]}" for key in plan if saved.get(key) != plan[key]
+            )
+            raise ConfigError(
+                f"{out} holds shards of another pack, or of data that has changed since ({changed}); "
+                "choose another --out or delete it"
+            )
         plan = saved
     elif any(out.glob("*.tar")):
         raise ConfigError(f"{out} holds shards already; choose another --out")
@@ -162,9 +168,12 @@ def _slice(source: Source, first: int, last: int, counts: list[int] | None) -> I
     start = 0
     for shard, n in zip(source.shards, counts, strict=True):
         begin, end = max(first - start, 0), min(last - start, n)
-        if begin < end:
+        empty = n == 0 and (first < start <= last or start == first == 0)  # read for what it lacks
+        if begin < end or empty:
             before = source.report.copy()
-            for j, raw in enumerate(islice(source.read(shard), end)):
+            for j, raw in enumerate(source.read(shard)):
+                if j == end < n:
+                    break
                 if j >= begin:
                     yield start + j, raw
                 elif j == begin - 1:
@@ -177,7 +186,7 @@ def _file(raw: Raw) -> tuple[str, bytes]:
     """A picture's suffix and bytes: its own where shards may hold its format, else PNG."""
     pixels = raw.decoded()
     if isinstance(raw.image, bytes):
-        kind = Image.open(io.BytesIO(raw.image)).format or ""
+        kind = image_format(raw.image)
         if kind in _SUFFIX:
             return _SUFFIX[kind], raw.image
     buffer = io.BytesIO()

@@ -16,14 +16,18 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from http.client import HTTPException
+from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from vtp.config import ConfigError
 
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 REMOTE = re.compile(r"^(pipe|https?|s3|gs|hf|ais|ftps|sftp|scp|file):")
 RETRY_AFTER = (1.0, 5.0, 25.0)  # seconds before each new try
 TIMEOUT = 60.0  # seconds without a byte from a server
+_PIPED = re.compile(r"^\(\(.*\), {.*?}\): ")  # how webdataset starts its words about a command
 log = logging.getLogger(__name__)
 
 
@@ -54,6 +58,30 @@ def expand(data: str) -> list[str]:
     return shards
 
 
+def beside(shard: str, name: str) -> bytes | None:
+    """The file of that name in a shard's folder; None where there is none, or the shard is no file.
+
+    Raises:
+        ConfigError: a server that does not answer.
+    """
+    place = shard.rpartition("/")[0] + "/" + name if "/" in shard else name
+    if not REMOTE.match(shard):
+        return Path(place).read_bytes() if os.path.isfile(place) else None
+    if not shard.startswith(("http://", "https://", "s3://")):
+        return None
+    for pause in (*RETRY_AFTER, None):
+        try:
+            with _open(place) as stream:
+                return stream.read()
+        except (OSError, HTTPException) as error:
+            if isinstance(error, FileNotFoundError) or (isinstance(error, HTTPError) and error.code < 500):
+                return None  # a server that says that there is none, or does not give it
+            if pause is None:
+                raise ConfigError(f"{place} cannot be asked for: {error}") from None
+            time.sleep(pause)
+    raise AssertionError
+
+
 def unsafe(name: str) -> bool:
     """Whether a name leads out of its folder or shard."""
     return ".." in name.split("/")
@@ -77,7 +105,8 @@ def members(shard: str, report: Counter[str]) -> Iterator[dict[str, Any]]:
             return
         except (tarfile.TarError, OSError, EOFError, HTTPException) as error:
             if pause is None or (isinstance(error, tarfile.TarError) and not REMOTE.match(shard)):
-                log.warning("%s is left out behind its first %d samples: %s", shard, given, error)
+                reason = _PIPED.sub("", str(error))
+                log.warning("%s is left out behind its first %d samples: %s", shard, given, reason)
                 report.update(counted)
                 report["broken shard"] += 1
                 return
@@ -101,10 +130,14 @@ def _samples(shard: str, report: Counter[str]) -> Iterator[dict[str, Any]]:
     keys: set[str] = set()
     with _open(shard) as stream:
         tail = _Tail(stream)
-        files = ({**file, "__url__": shard} for file in tar_file_iterator(tail, select_files=safe))
+        files = (
+            {**file, "__url__": shard, "fname": file["fname"].removeprefix("./")}  # as `tar cf x.tar .` writes names
+            for file in tar_file_iterator(tail, select_files=safe)
+        )
         for sample in group_by_keys(files, handler=duplicate):
             if sample["__key__"] in keys:
-                report["duplicate key"] += 1
+                beside = any(suffix in sample for suffix in IMAGE_SUFFIXES)
+                report["duplicate key" if beside else "not beside its picture"] += 1
             else:
                 keys.add(sample["__key__"])
                 yield sample
@@ -122,7 +155,8 @@ def _open(shard: str) -> Any:
         try:
             return _Closing(client.get_object(Bucket=bucket, Key=key)["Body"])
         except client.exceptions.ClientError as error:
-            raise OSError(f"{error}") from None
+            missing = error.response["Error"]["Code"] in ("NoSuchKey", "404", "AccessDenied")
+            raise (FileNotFoundError if missing else OSError)(f"{error}") from None
     from webdataset.gopen import gopen
 
     return gopen(shard)

@@ -14,6 +14,7 @@ Files that hold classes may lie beside a classes.json that names them: a list of
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -31,17 +32,18 @@ from numpy import ndarray
 from vtp.config import ConfigError
 from vtp.data import scenes, shards
 from vtp.data.decode import BadImage, decode
+from vtp.data.shards import IMAGE_SUFFIXES
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTION_COLUMNS = ("text", "caption", "captions")
 KEY_COLUMNS = ("key", "file_name")
 # What a class is called in a caption or a zero-shot prompt where the data does not say it.
 CLASS_TEMPLATES = ("a photo of a {}", "a picture of a {}", "a photo of the {}", "a close-up of a {}", "a {}")
 # Columns of annotations are named in captions in many ways; the bare name is the one they share.
 COLUMN_TEMPLATES = ("{}",)
+MAX_CLASSES = 1_000_000  # a larger number in a KEY.cls is none
 MAX_CAPTION = 2_000  # characters; far more than any text tower reads, and a page of text costs a worker its time
 # What a report counts without anything being left out.
-HARMLESS = frozenset({"samples", "caption cut", "caption not UTF-8"})
+HARMLESS = frozenset({"samples", "caption cut", "caption not UTF-8", "broken json", "unknown class"})
 SPLITS = frozenset(("train", "val", "valid", "validation", "test"))
 _SUFFIXES = frozenset(IMAGE_SUFFIXES)
 _WEIGHT = re.compile(r"\d+(\.\d+)?")
@@ -112,6 +114,8 @@ def open_source(data: str, annotations: str | None = None) -> Source:
     Raises:
         ConfigError: nothing there, no pictures in it, or an annotation file that cannot be read.
     """
+    if not data:
+        raise ConfigError("data is empty; give a folder, tar shards such as 'path/{000..099}.tar', hf:NAME, or scenes")
     if "::" in data:
         return Mixture(data, annotations)
     if data == "scenes" or data.startswith("scenes:"):
@@ -126,6 +130,19 @@ def open_source(data: str, annotations: str | None = None) -> Source:
         tars = sorted(str(p) for p in path.glob("*.tar"))
         return TarSource(data, tars, table) if tars else FolderSource(data, table)
     return TarSource(data, shards.expand(data), table)
+
+
+def fingerprint(source: Source) -> str:
+    """Digest of what a source lists: file names, or shards (and of near ones the sizes), and classes.
+
+    Not of the pictures themselves, which would have to be read.
+    """
+    described: list[Any] = []
+    for part, _ in source.parts:
+        listed = getattr(part, "files", part.shards)
+        near = [os.path.getsize(s) for s in listed if isinstance(part, TarSource) and os.path.isfile(s)]
+        described.append((listed if isinstance(listed, list) else repr(listed), near, part.classes))
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
 
 def left_out(report: Mapping[str, int]) -> Counter[str]:
@@ -174,7 +191,7 @@ class Table:
             try:
                 row = json.loads(_text(line, broken))
                 key = next(row.pop(k) for k in key_columns if k in row)
-            except (json.JSONDecodeError, StopIteration, AttributeError) as error:
+            except (ValueError, RecursionError, StopIteration, AttributeError) as error:
                 wanted = " or ".join(f'"{k}"' for k in key_columns)
                 raise ConfigError(f"{path}, line {number}: not a JSON object with {wanted} ({error})") from None
             rows[str(key)] = rows.get(str(key), {}) | row
@@ -274,14 +291,16 @@ class FolderSource(_Alone):
         folders = sorted({f.split("/", 1)[0] for f in self.files if "/" in f}) if not listed else []
         if folders and set(folders) <= SPLITS and all(f.count("/") > 1 for f in self.files):
             raise ConfigError(f"{root} holds splits, not classes; name one of them, as in {root / folders[0]}")
-        self._folders = Folders.named(folders, root / "classes.json")
+        folders = folders if len(folders) > 1 else []  # one folder is a place, not a class
+        names = root / "classes.json"
+        self._folders = Folders.named(folders, names.read_bytes() if names.is_file() else None, str(names))
         self.classes = ({} if self.table is None else self.table.classes) | self._folders.classes
         self.templates = _templates(self.classes)
 
     def read(self, shard: int, size: int | None = None) -> Iterator[Raw]:
         key = self.files[shard]
         self.report["samples"] += 1
-        if shards.unsafe(key):
+        if shards.unsafe(key) or Path(key).is_absolute():
             self.report["unsafe name"] += 1
             return
         try:
@@ -304,24 +323,29 @@ class TarSource(_Alone):
     report: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        first = next(
-            (m for shard in self.shards for m in shards.members(shard, Counter()) if m.keys() & _SUFFIXES), None
-        )
+        seen: Counter[str] = Counter()
+        first = next((m for shard in self.shards for m in shards.members(shard, seen) if m.keys() & _SUFFIXES), None)
         if first is None:
             raise ConfigError(
                 f"no pictures in {self.name}: its shards should hold KEY.jpg|png|webp with KEY.txt|json|cls"
+                + (f"; {seen['broken shard']} could not be read" if seen["broken shard"] else "")
             )
-        beside = None if shards.REMOTE.match(self.shards[0]) else Path(self.shards[0]).parent / "classes.json"
+        classed = "cls" in first or "/" in first["__key__"]
+        names = shards.beside(self.shards[0], "classes.json") if classed else None
+        scanned = names is None and not shards.REMOTE.match(self.shards[0])
         folders: Iterable[str] = ()
-        if self.table is None and not {"txt", "json", "cls"} & first.keys() and "/" in first["__key__"]:
-            folders = _scan(self.shards, beside, lambda name, _: name.split("/")[-2] if "/" in name else None)
-        self._folders = Folders.named(sorted(set(folders)), beside)
+        if scanned and self.table is None and not {"txt", "json", "cls"} & first.keys() and "/" in first["__key__"]:
+            folders = _scan(self.shards, lambda name, _: name.split("/")[-2] if "/" in name else None)
+        folders = sorted(set(folders))
+        folders = folders if len(folders) > 1 else []  # one folder is a place, not a class
+        self._folders = Folders.named(folders, names, f"classes.json beside {self.shards[0]}")
         classes = {} if self.table is None else dict(self.table.classes)
-        if "cls" in first and "class" not in classes:
-            numbers = _scan(self.shards, beside, lambda name, text: text().strip() if name.endswith(".cls") else None)
-            top = max((int(n) for n in numbers), default=-1)
-            classes["class"] = self._folders.classes.get("class", tuple(str(i) for i in range(top + 1)))
+        if scanned and "cls" in first and "class" not in classes:
+            found = _scan(self.shards, lambda name, text: text().strip() if name.endswith(".cls") else None)
+            classes["class"] = _numbered(set(found), self.name)
         self.classes = classes | self._folders.classes
+        words = self._folders.index or {name: i for i, name in enumerate(classes.get("class", ()))}
+        self._words = {name: i for name, i in words.items() if not name.isdigit()}
         self.templates = _templates(self.classes)
 
     def read(self, shard: str, size: int | None = None) -> Iterator[Raw]:
@@ -329,16 +353,22 @@ class TarSource(_Alone):
             self.report["samples"] += 1
             image = next((member[s] for s in IMAGE_SUFFIXES if s in member), None)
             if image is None:
-                self.report["no picture"] += 1
+                dotted = any(suffix.rpartition(".")[2] in _SUFFIXES for suffix in member)  # a key ends at the first dot
+                self.report["dots in its name" if dotted else "no picture"] += 1
                 continue
             captions: tuple[str, ...] = ()
             if "txt" in member:
                 captions = _captions({"text": _text(member["txt"], self.report)})
-            elif "json" in member:
+            if not captions and "json" in member:
                 captions = _json_captions(member["json"], self.report)
             labels = {}
-            if "cls" in member and member["cls"].strip().isdigit():
-                labels["class"] = int(member["cls"])
+            if "cls" in member:
+                word = member["cls"].strip().decode(errors="replace")
+                number = self._words.get(word, int(word) if word.isdecimal() and len(word) < 10 else -1)
+                if 0 <= number < len(self.classes.get("class", ())):
+                    labels["class"] = number
+                else:
+                    self.report["unknown class"] += 1
             key = member["__key__"]
             folder = key.split("/")[-2] if "/" in key else None
             yield _sample(key, image, captions, labels, folder, self._folders, self.table, self.report)
@@ -359,13 +389,16 @@ class HubSource(_Alone):
         except ImportError:
             raise ConfigError(f"data={self.name} needs the datasets library; pip install 'vtp[datasets]'") from None
         path, _, split = self.name.removeprefix("hf:").partition(":")
-        folder, split = Path(path).expanduser(), split or "train"
+        folder = Path(path).expanduser()
         try:
             if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
                 found = datasets.load_from_disk(str(folder))
-                rows = found[split] if isinstance(found, datasets.DatasetDict) else found
+                rows = found[split or "train"] if isinstance(found, datasets.DatasetDict) else found
+                if rows is found and split and split != str(found.split):
+                    raise ValueError(f"it is a single set, of no split or of '{found.split}'; leave :{split} out")
             else:
-                rows = datasets.load_dataset(str(folder) if folder.exists() else path, split=split, streaming=True)
+                place = str(folder) if folder.exists() else path
+                rows = datasets.load_dataset(place, split=split or "train", streaming=True)
         except Exception as error:  # of the hub, of its files, of a split that is not there
             raise ConfigError(f"data={self.name} cannot be opened: {error}") from None
         features = rows.features or {}
@@ -482,17 +515,21 @@ class Folders:
     classes: dict[str, tuple[str, ...]]  # {"class": names}, or nothing where there are no classes
 
     @classmethod
-    def named(cls, folders: Sequence[str], names: Path | None) -> Folders:
-        """Number the folders, in sorted order or as classes.json lists them, which also names them."""
+    def named(cls, folders: Sequence[str], names: bytes | None, file: str) -> Folders:
+        """Number the folders, in sorted order or as classes.json (`names`, of `file`) lists and names them.
+
+        Raises:
+            ConfigError: classes.json is none, or does not name a folder.
+        """
         display = {f: f.replace("_", " ") for f in folders}
-        if names is not None and names.is_file():
+        if names is not None:
             try:
-                listed = {row["wnid"]: row["names"][0] for row in json.loads(names.read_text())}
-            except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
-                raise ConfigError(f'{names} is not a list of {{"wnid": ..., "names": [...]}} ({error!r})') from None
+                listed = {row["wnid"]: row["names"][0] for row in json.loads(names)}
+            except (ValueError, RecursionError, KeyError, TypeError, IndexError) as error:
+                raise ConfigError(f'{file} is not a list of {{"wnid": ..., "names": [...]}} ({error!r})') from None
             unknown = [f for f in folders if f not in listed]
             if unknown:
-                raise ConfigError(f"{names} does not name the class {unknown[0]}; add it or remove the file")
+                raise ConfigError(f"{file} does not name the class {unknown[0]}; add it or remove the file")
             display = listed
         return cls({f: i for i, f in enumerate(display)}, {"class": tuple(display.values())} if display else {})
 
@@ -544,18 +581,36 @@ def _images(root: Path) -> Iterator[str]:
                 yield (Path(folder) / name).relative_to(root).as_posix()
 
 
-def _scan(paths: Sequence[str], names: Path | None, found: Any) -> Iterator[str]:
-    """What `found(member name, text reader)` says of each member of local shards; nothing where classes are listed.
+def _numbered(found: set[str], data: str) -> tuple[str, ...]:
+    """The names of the classes that KEY.cls files give: numbers, or where none is a number the words themselves.
+
+    Raises:
+        ConfigError: a number too large to be one of a class.
+    """
+    numbers = [int(word) for word in found if word.isdecimal()]
+    if not numbers:
+        return tuple(sorted(found))
+    if max(numbers) >= MAX_CLASSES:
+        raise ConfigError(
+            f"{data}: a KEY.cls holds {max(numbers)}; classes are numbered from 0 to {MAX_CLASSES - 1} at most"
+        )
+    return tuple(str(i) for i in range(max(numbers) + 1))
+
+
+def _scan(paths: Sequence[str], found: Any) -> Iterator[str]:
+    """What `found(member name, text reader)` says of each member of local shards.
 
     Only the headers are read, but for members whose text is asked for.
     """
-    if (names is not None and names.is_file()) or shards.REMOTE.match(paths[0]):
-        return
+
+    def reader(tar: tarfile.TarFile, info: tarfile.TarInfo) -> Any:
+        return lambda: cast(Any, tar.extractfile(info)).read().decode(errors="replace")
+
     for shard in paths:
         try:
             with tarfile.open(shard) as tar:
                 for info in tar:
-                    value = found(info.name, lambda info=info, tar=tar: tar.extractfile(info).read().decode())
+                    value = found(info.name.removeprefix("./"), reader(tar, info))
                     if value is not None:
                         yield value
         except tarfile.TarError:
@@ -564,8 +619,8 @@ def _scan(paths: Sequence[str], names: Path | None, found: Any) -> Iterator[str]
 
 def _json_captions(data: bytes, report: Counter[str]) -> tuple[str, ...]:
     try:
-        row = json.loads(data)
-    except ValueError:
+        row = json.loads(_text(data, report))
+    except (ValueError, RecursionError):
         report["broken json"] += 1
         return ()
     return _captions(row) if isinstance(row, dict) else ()

@@ -21,6 +21,7 @@ from vtp.pretrain.config import PretrainConfig
 from vtp.pretrain.learner import PretrainLearner
 from vtp.tokenizers import get_tokenizer
 
+DATA = ("data", "ssl_data", "rec_data")
 ORCHESTRATION = ("publish", "workers", "device", "parallel", "loop")
 
 
@@ -40,7 +41,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
     try:
         train(learner, loader, cfg.steps, cfg.seed, cfg.loop, out, title=out.name)
     finally:  # an interrupted run reports as well
-        _report_broken(loader, cfg.data, out / "data.json")
+        _report_broken(loader, cfg, out / "data.json")
     weights = whole(learner.objectives.published(cfg.publish))
     if dist.is_main():
         publish(learner.objectives.student, out / "tokenizer", weights)
@@ -70,18 +71,20 @@ def open_loader(cfg: PretrainConfig, device: torch.device) -> Loader:
         seed=cfg.seed,
         workers=cfg.workers,
         pin_memory=device.type == "cuda",
+        anew=cfg.resume == "anyway",
         others={k: open_source(v) for k, v in (("ssl", cfg.ssl_data), ("rec", cfg.rec_data)) if v is not None},
     )
 
 
-def _report_broken(loader: Loader, data: str, file: Path) -> None:
+def _report_broken(loader: Loader, cfg: PretrainConfig, file: Path) -> None:
     """Write data.json: how often samples were read since the run began, and how often in vain, by reason.
 
     A broken sample counts in each epoch that meets it. With several ranks the counts are those of the last checkpoint.
     """
+    data = {name: given for name in DATA if (given := getattr(cfg, name)) is not None}
     broken, reads = left_out(loader.total), loader.total["samples"]
     if broken:
         reasons = ", ".join(f"{count} {reason}" for reason, count in broken.items())
-        console.print(f"left out of {data}: {reasons}; of {reads:,} reads, each epoch's counted")
+        console.print(f"left out of {' and '.join(data.values())}: {reasons}; of {reads:,} reads, each epoch's counted")
     if dist.is_main():
-        file.write_text(json.dumps({"data": data, "reads": reads, "broken": broken}, indent=2))
+        file.write_text(json.dumps(data | {"reads": reads, "broken": broken}, indent=2))

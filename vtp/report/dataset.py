@@ -29,9 +29,10 @@ def write_inspection(data: str, annotations: str | None, limit: int | None, out:
 
     source = open_source(data, annotations)
     total = limit or (len(source.shards) if source.random_access else None)
-    columns = (SpinnerColumn(), TextColumn(data, markup=False), MofNCompleteColumn(), TimeElapsedColumn())
+    name = TextColumn("{task.description}", markup=False)  # braces and brackets stand in names of shards
+    columns = (SpinnerColumn(), name, MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=total)
+        task = bar.add_task(data, total=total)
         summary, sheet = inspect(source, limit, lambda n: bar.update(task, completed=n))
         bar.update(task, completed=summary["samples"], total=summary["samples"])  # those left out on the way as well
     out.mkdir(parents=True, exist_ok=True)

@@ -83,7 +83,7 @@ def inspect(
         "usable": len(sizes),
         "whole": limit is None or source.report["samples"] < limit,
         "left_out": dict(broken_by.most_common()),
-        "mended": {reason: n for reason, n in source.report.items() if reason != "samples" and reason not in broken_by},
+        "kept": {reason: n for reason, n in source.report.items() if reason != "samples" and reason not in broken_by},
         "broken": broken,
         "repeated": repeats,
         "repeats": repeated,

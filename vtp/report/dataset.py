@@ -57,7 +57,7 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("samples read", f"{summary['samples']:,}" + ("" if summary["whole"] else " (a part)")),
         ("usable pictures", f"{summary['usable']:,}, {summary['mean_kilobytes']:,} kB on average"),
         ("left out", listed(summary["left_out"]) or "none"),
-        ("counted, but kept", listed(summary["mended"]) or "none"),
+        ("counted, but kept", listed(summary["kept"]) or "none"),
         ("same bytes as another", f"{summary['repeated']:,}"),
         ("width", spread(summary["width"])),
         ("height", spread(summary["height"])),

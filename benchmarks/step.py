@@ -197,8 +197,8 @@ def dinov2_step(precision: str, source: str) -> tuple[Step, dict]:
 
 
 def our_step(precision: str, images: Tensor, tokens: Tensor, data: dict) -> Step:
-    """The joint step on the same images, captions, crops and masks; captions are cut to the longest."""
-    from vtp.data.batches import Batch, ClipBatch, RecBatch, SSLBatch, cut
+    """The joint step on the same images, captions, crops and masks; captions are cut as in training."""
+    from vtp.data.batches import Batch, ClipBatch, RecBatch, SSLBatch, cut, token_counts
     from vtp.data.views import BatchConfig, ViewsConfig
     from vtp.models.config import DecoderConfig, ModelConfig, TextConfig, ViTConfig
     from vtp.pretrain.learner import PretrainLearner
@@ -226,7 +226,8 @@ def our_step(precision: str, images: Tensor, tokens: Tensor, data: dict) -> Step
         data["mask_indices_list"],
         data["masks_weight"],
     )
-    batch = Batch(ClipBatch(images, cut(tokens)), ssl, RecBatch(images, torch.arange(BATCH)), cursor=None, report={})
+    clip = ClipBatch(images, cut(tokens), tuple(token_counts(tokens).tolist()))  # by length, as the loader orders them
+    batch = Batch(clip, ssl, RecBatch(images, shared=BATCH), cursor=None, report={})
     learner = PretrainLearner(cfg, torch.device("cpu"))
     return lambda: float(learner.learn(batch, 1)["total"])
 

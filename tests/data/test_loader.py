@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.data.test_sources import picture, write_tar
 from vtp.config import ConfigError
-from vtp.data.batches import cut
+from vtp.data.batches import ClipBatch, cut
 from vtp.data.loader import Loader
 from vtp.data.order import Cursor, Place, _epoch, positions
 from vtp.data.passes import captioned_batches, class_names, image_batches, labelled_batches
@@ -39,7 +39,7 @@ def loader(source, batch=BatchConfig(clip=6, ssl=3, rec=2), views=VIEWS, **optio
 
 def tensors(batch):
     parts = [part for part in (batch.clip, batch.ssl, batch.rec) if part is not None]
-    return [t for part in parts for t in part if t is not None]
+    return [torch.tensor(t) if isinstance(t, tuple | int) else t for part in parts for t in part]
 
 
 def assert_same(a, b):
@@ -66,12 +66,12 @@ def test_shapes_and_contents():
     assert batch.ssl.global_crops.shape == (2, 3, 3, 16, 16) and batch.ssl.local_crops.shape == (2, 3, 3, 8, 8)
     assert batch.ssl.masks.shape == (2, 3, 4) and batch.ssl.masks.flatten()[batch.ssl.mask_indices].all()
     assert len(batch.ssl.mask_indices) == batch.ssl.masks.sum()
-    assert len(batch.rec.rows) == 2 and len(batch.rec.images) == 0 and batch.rec.rows.max() < 6
+    assert batch.rec.shared == 2 and len(batch.rec.images) == 0
     assert batch.report == {"samples": 6}
 
 
 def test_shapes_are_static_but_for_the_captions_length():
-    shapes = {tuple(t.shape for t in tensors(b)[2:]) for b in itertools.islice(loader(open_source("scenes")), 20)}
+    shapes = {tuple(t.shape for t in tensors(b)[3:]) for b in itertools.islice(loader(open_source("scenes")), 20)}
     assert len(shapes) == 1
 
 
@@ -82,7 +82,7 @@ def test_views_that_no_objective_asks_for_are_not_made(sizes):
     assert [part is None for part in batch[:3]] == [n == 0 for n in sizes]
     assert batch.report["samples"] == max(sizes)
     if rec and not clip:
-        assert batch.rec.rows is None and batch.rec.images.shape == (rec, 3, 16, 16)
+        assert batch.rec.shared == 0 and batch.rec.images.shape == (rec, 3, 16, 16)
 
 
 def test_captions_are_not_needed_without_the_clip_objective(tmp_path):
@@ -98,15 +98,35 @@ def test_captions_are_not_needed_without_the_clip_objective(tmp_path):
 def test_a_reconstruction_view_of_its_own():
     views = ViewsConfig(size=16, global_size=16, local_size=8, share=False, rec_scale=(0.3, 0.5))
     batch = next(loader(open_source("scenes"), views=views))
-    assert batch.rec.rows is None and batch.rec.images.shape == (2, 3, 16, 16)
+    assert batch.rec.shared == 0 and batch.rec.images.shape == (2, 3, 16, 16)
 
 
-def test_the_smaller_batches_are_a_random_choice_of_the_pairs():
+def test_what_is_reconstructed_is_a_random_choice_of_the_pairs(tmp_path):
+    """Eight grey pictures, the n-th with n words: each is among the two as often, whatever its caption's length."""
+    rows = []
+    for n in range(1, 9):
+        Image.new("RGB", (16, 16), (n, n, n)).save(tmp_path / f"{n}.png")
+        rows.append({"file_name": f"{n}.png", "text": "word " * n})
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     chosen = Counter()
-    for batch in itertools.islice(loader(open_source("scenes"), BatchConfig(clip=8, ssl=0, rec=2)), 200):
-        assert len(set(batch.rec.rows.tolist())) == 2
-        chosen.update(batch.rec.rows.tolist())
+    for batch in itertools.islice(loader(open_source(str(tmp_path)), BatchConfig(clip=8, ssl=0, rec=2)), 200):
+        words = [length - 1 for length in batch.clip.lengths]
+        assert batch.clip.images.amax((1, 2, 3)).tolist() == words == [*sorted(words[:2]), *sorted(words[2:])]
+        assert sorted(words) == list(range(1, 9))
+        chosen.update(words[:2])
     assert min(chosen.values()) > 25 and len(chosen) == 8
+
+
+def test_captions_are_grouped_by_length():
+    clip = next(loader(open_source("scenes"), BatchConfig(clip=40, ssl=0, rec=0))).clip
+    groups = clip.texts()
+    assert [len(group) for group in groups] == [8] * 5
+    assert [group.shape[1] for group in groups] == [max(clip.lengths[i : i + 8]) for i in range(0, 40, 8)]
+    for group, whole in zip(groups, clip.tokens.split(8), strict=True):
+        assert torch.equal(group, whole[:, : group.shape[1]]) and not whole[:, group.shape[1] :].any()
+    assert sum(group.numel() for group in groups) < clip.tokens.numel()
+    assert [torch.equal(a, b) for a, b in zip(clip.part(8, 16).texts(), groups[1:2], strict=True)] == [True]
+    assert len(ClipBatch(clip.images, clip.tokens).texts()) == 1
 
 
 def mixture_of(shards, tmp_path):
@@ -152,7 +172,7 @@ def test_objectives_may_have_sources_of_their_own(tmp_path):
     whole = list(itertools.islice(loader(open_source("scenes"), **options), 9))
     batch = whole[0]
     assert (batch.ssl.global_crops[:, :, 0] > 240).all() and (batch.ssl.global_crops[:, :, 1] < 5).all()
-    assert batch.clip.images.float().std() > 5 and batch.rec.rows is not None
+    assert batch.clip.images.float().std() > 5 and batch.rec.shared > 0
     assert [place.drawn for place in batch.cursor.places] == [6, 3] and batch.report == {"samples": 9}
     first = loader(open_source("scenes"), **options)
     for _ in range(4):
@@ -163,7 +183,7 @@ def test_objectives_may_have_sources_of_their_own(tmp_path):
         assert_same(next(second), batch)
     first.close(), second.close()
     own = next(loader(open_source("scenes"), others={"rec": bare}))
-    assert own.rec.rows is None and (own.rec.images[:, 0] > 240).all()
+    assert own.rec.shared == 0 and (own.rec.images[:, 0] > 240).all()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

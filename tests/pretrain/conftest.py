@@ -13,7 +13,7 @@ from vtp.recipes.pretrain import cpu
 @pytest.fixture
 def tiny(tmp_path):
     cfg = cpu()
-    return tiny_run(
+    run = tiny_run(
         cfg,
         data="scenes",
         out=str(tmp_path / "run"),
@@ -23,3 +23,5 @@ def tiny(tmp_path):
         distil=replace(cfg.distil, prototypes=16, head_hidden=16, head_bottleneck=8),
         loop=LoopConfig(log_every=2, save_every=3),
     )
+    # The published rotations in bf16 amplify the last bit, in which products of other sizes differ on some processors.
+    return replace(run, model=replace(run.model, rope_dtype="fp32"))

@@ -60,7 +60,7 @@ def test_cached_gradients_equal_those_of_one_pass(tiny, contrast, size, recomput
 def test_without_a_shared_view_and_alone(tiny):
     cfg = replace(tiny, views=replace(tiny.views, share=False))
     [batch] = batches(cfg, 1)
-    assert batch.rec.rows is None
+    assert batch.rec.shared == 0
     assert_equal(gradients(cached(cfg, 3), batch), gradients(cfg, batch))
     cfg = replace(tiny, weights=replace(tiny.weights, ssl=0.0, rec=0.0))
     [batch] = batches(cfg, 1)
@@ -80,12 +80,6 @@ def test_gradients_by_objective_are_those_of_one_pass(tiny):
     assert read(cached(tiny, 3)) == pytest.approx(want, rel=1e-5)
 
 
-def in_halves(batch):
-    """The batch with as many of each rank's views reconstructed."""
-    rows = torch.tensor([0, 2, 5, 7])
-    return batch._replace(rec=batch.rec._replace(rows=rows, images=batch.clip.images[rows]))
-
-
 def on_rank(rank, cfg, batch):
     part = half(batch, rank)
     return gradients(cfg, part if cfg.weights.ssl > 0 else part._replace(ssl=None))
@@ -99,7 +93,6 @@ def test_two_ranks_with_cached_gradients_equal_one_process_in_one_pass(tiny, two
     [batch] = batches(cfg, 1)
     if ssl == 0:
         cfg = replace(cfg, weights=replace(cfg.weights, ssl=0.0))
-    batch = in_halves(batch)
     halves = replace(cached(cfg, 3, shard=shard), batch=replace(cfg.batch, clip=4, ssl=3, rec=2))
     (losses0, grads0), (losses1, grads1) = two_ranks(on_rank, halves, batch)
     assert all(torch.equal(grads0[name], grads1[name]) for name in grads0)
@@ -121,7 +114,6 @@ def on_rank_in_chunks(rank, cfg, batch):
 def test_two_ranks_with_prototypes_in_chunks_equal_one_process(tiny, two_ranks, centering, shard):
     cfg = replace(tiny, distil=replace(tiny.distil, centering=centering))
     [batch] = batches(cfg, 1)
-    batch = in_halves(batch)
     masked = [int(masks.sum()) for masks in batch.ssl.masks.chunk(2, 1)]
     assert masked[0] != masked[1]
     halves = replace(cfg, parallel=ParallelConfig(shard=shard), batch=replace(cfg.batch, clip=4, ssl=3, rec=2))

@@ -34,15 +34,20 @@ def batches(cfg, n):
 
 
 def half(batch, rank):
-    """Rows of this rank; the reconstruction views are those among its CLIP views."""
-    clip = type(batch.clip)(*(x.chunk(2)[rank] for x in batch.clip))
+    """Rows of this rank: half of the reconstructed views, half of the others."""
+    rows = torch.arange(len(batch.clip.images)).tensor_split([batch.rec.shared])
+    rows = torch.cat([part.chunk(2)[rank] for part in rows])
+    lengths = tuple(batch.clip.lengths[i] for i in rows)
+    clip = type(batch.clip)(batch.clip.images[rows], batch.clip.tokens[rows], lengths)
     masks = batch.ssl.masks.chunk(2, 1)[rank]
     indices = masks.flatten().nonzero().flatten()
     weights = (1 / masks.sum(-1, keepdim=True)).expand_as(masks).flatten()[indices]
     crops = [x.chunk(2, 1)[rank] for x in (batch.ssl.global_crops, batch.ssl.local_crops)]
-    rows = batch.rec.rows.chunk(2)[rank] - rank * len(clip.images)
+    shared = batch.rec.shared // 2
     return batch._replace(
-        clip=clip, ssl=type(batch.ssl)(*crops, masks, indices, weights), rec=type(batch.rec)(clip.images[rows], rows)
+        clip=clip,
+        ssl=type(batch.ssl)(*crops, masks, indices, weights),
+        rec=type(batch.rec)(clip.images[:shared], shared),
     )
 
 
@@ -61,9 +66,8 @@ def on_rank(rank, cfg, whole_batches):
 
 @pytest.fixture
 def setting(tiny):
-    rows = torch.tensor([0, 2, 5, 7])  # as many of each rank's views
     cfg = replace(tiny, distil=replace(tiny.distil, centering="centering"))
-    return cfg, [b._replace(rec=b.rec._replace(rows=rows, images=b.clip.images[rows])) for b in batches(cfg, 3)]
+    return cfg, batches(cfg, 3)
 
 
 @pytest.mark.parametrize("centering", ["sinkhorn", "centering"])

@@ -74,8 +74,8 @@ def finish(batch: Batch, cfg: AugmentConfig, generator: torch.Generator) -> Batc
             local_crops=normalise(local).unflatten(0, ssl.local_crops.shape[:2]),
         )
     if rec is not None:
-        if clip is not None and rec.rows is not None:
-            rec = rec._replace(images=clip.images[rec.rows])
+        if clip is not None and rec.shared:
+            rec = rec._replace(images=clip.images[: rec.shared])
         else:
             rec = rec._replace(images=normalise(_unit(rec.images)))
     return batch._replace(clip=clip, ssl=ssl, rec=rec)

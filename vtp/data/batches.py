@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,9 +20,26 @@ from vtp.data.views import BatchConfig, ViewsConfig, caption_span, make
 Tokenizer = Callable[[list[str]], Tensor]
 
 
+TEXT_GROUP, TEXT_GROUPS = 8, 8  # captions at least, groups at most
+
+
 class ClipBatch(NamedTuple):
     images: Tensor  # [Bc, 3, H, W]
     tokens: Tensor  # [Bc, L] int64, L that of the longest caption of the batch
+    lengths: tuple[int, ...] = ()  # tokens of each caption, known to the host; none: all are L long
+
+    def part(self, first: int, last: int) -> ClipBatch:
+        """Pairs `first` to `last`."""
+        return ClipBatch(self.images[first:last], self.tokens[first:last], self.lengths[first:last])
+
+    def texts(self) -> list[Tensor]:
+        """The captions in groups of neighbours [Bc / groups, l], each cut to its longest: `build` puts long ones
+        together, so that little padding is left to compute."""
+        if not self.lengths:
+            return [self.tokens]
+        groups = self.tokens.chunk(min(max(1, len(self.tokens) // TEXT_GROUP), TEXT_GROUPS))
+        ends = itertools.accumulate(map(len, groups))
+        return [group[:, : max(self.lengths[end - len(group) : end])] for group, end in zip(groups, ends, strict=True)]
 
 
 class SSLBatch(NamedTuple):
@@ -33,8 +51,8 @@ class SSLBatch(NamedTuple):
 
 
 class RecBatch(NamedTuple):
-    images: Tensor  # [Br, 3, H, W]; empty until `finish` where rows says which CLIP views they are
-    rows: Tensor | None  # [Br] int64 into clip.images, or None where the view is its own
+    images: Tensor  # [Br, 3, H, W]; empty until `finish` where they are CLIP views
+    shared: int  # the CLIP views that they are, counted from the first; 0 where they are views of their own
 
 
 class Batch(NamedTuple):
@@ -52,7 +70,7 @@ class Batch(NamedTuple):
         def moved(part: Any) -> Any:
             if part is None:
                 return None
-            return type(part)(*(t if t is None else t.to(device, non_blocking=True) for t in part))
+            return type(part)(*(t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for t in part))
 
         return self._replace(clip=moved(self.clip), ssl=moved(self.ssl), rec=moved(self.rec))
 
@@ -66,23 +84,28 @@ def build(
     rng: np.random.Generator,
 ) -> tuple[ClipBatch | None, SSLBatch | None, RecBatch | None]:
     """The views of the pairs drawn for each objective."""
-    clip, ssl, rec = None, None, None
+    clip, ssl, rec, shared = None, None, None, 0
     if batch.clip:
         raws, images = pairs["clip"]
         rows = _draw(len(images), batch.clip, rng)
-        pictures = make([images[i] for i in rows], views.size, views.scale, views.flip, rng)[0]
         texts = [raws[i].captions[int(rng.integers(len(raws[i].captions)))] for i in rows]
         if views.caption_spans > 0:
             texts = [caption_span(text, rng) if rng.random() < views.caption_spans else text for text in texts]
         assert tokenizer is not None
-        clip = ClipBatch(pictures, cut(tokenizer(texts)))
-    if batch.rec and clip is not None and views.share and pairs["rec"] is pairs["clip"]:
-        rec = RecBatch(clip.images[:0], torch.from_numpy(_draw(batch.clip, batch.rec, rng)))
+        tokens = tokenizer(texts)
+        lengths = token_counts(tokens)
+        shared = batch.rec if views.share and pairs.get("rec") is pairs["clip"] else 0
+        apart = np.isin(np.arange(batch.clip), _draw(batch.clip, shared, rng), invert=True)  # not reconstructed
+        order = np.lexsort((lengths, apart))
+        pictures = make([images[i] for i in rows[order]], views.size, views.scale, views.flip, rng)[0]
+        clip = ClipBatch(pictures, cut(tokens[torch.from_numpy(order)]), tuple(lengths[order].tolist()))
+    if clip is not None and shared:
+        rec = RecBatch(clip.images[:0], shared)
     elif batch.rec:
         images = pairs["rec"][1]
         rows = _draw(len(images), batch.rec, rng)
         scale = views.scale if views.share else views.rec_scale
-        rec = RecBatch(make([images[i] for i in rows], views.size, scale, views.flip, rng)[0], None)
+        rec = RecBatch(make([images[i] for i in rows], views.size, scale, views.flip, rng)[0], 0)
     if batch.ssl:
         images = pairs["ssl"][1]
         chosen = [images[i] for i in _draw(len(images), batch.ssl, rng)]
@@ -99,6 +122,11 @@ def build(
 def _draw(n: int, k: int, rng: np.random.Generator) -> Int[ndarray, " k"]:
     """k of n rows, in order; all of them without a draw."""
     return np.arange(n) if k == n else np.sort(rng.permutation(n)[:k])
+
+
+def token_counts(tokens: Int[Tensor, "b context"]) -> Int[ndarray, " b"]:
+    """Tokens of each caption up to its last one that is not padding."""
+    return ((tokens != 0).cumsum(1).argmax(1) + 1).numpy()
 
 
 def cut(tokens: Int[Tensor, "b context"]) -> Int[Tensor, "b length"]:

@@ -134,15 +134,23 @@ def _samples(shard: str, report: Counter[str]) -> Iterator[dict[str, Any]]:
             {**file, "__url__": shard, "fname": file["fname"].removeprefix("./")}  # as `tar cf x.tar .` writes names
             for file in tar_file_iterator(tail, select_files=safe)
         )
+        held: dict[str, Any] | None = (
+            None  # until the next one begins: where a stream breaks, files of a sample may lack
+        )
         for sample in group_by_keys(files, handler=duplicate):
+            if held is not None:
+                yield held
+            held = None
             if sample["__key__"] in keys:
                 beside = any(suffix in sample for suffix in IMAGE_SUFFIXES)
                 report["duplicate key" if beside else "not beside its picture"] += 1
             else:
                 keys.add(sample["__key__"])
-                yield sample
+                held = sample
     if tail.last.strip(b"\0"):
         raise tarfile.ReadError("no end mark")
+    if held is not None:
+        yield held
 
 
 def _open(shard: str) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 
 from vtp.models.config import TextConfig
 from vtp.models.layers import LayerScale, Linear, Recomputable, attention, run
+
+Groups = tuple[tuple[int, int], ...]  # of each group: texts, tokens in each
 
 
 class CausalAttention(nn.Module):
@@ -28,11 +32,14 @@ class CausalAttention(nn.Module):
         nn.init.normal_(self.in_proj_weight, std=self.in_proj_weight.shape[1] ** -0.5)
         nn.init.zeros_(self.in_proj_bias)
 
-    def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.transpose(1, 3).unbind(2)  # [b, heads, l, h]
-        x = attention(q, k, v, causal=self.causal)
-        return self.out_proj(x.transpose(1, 2).flatten(2))
+    def forward(self, x: Float[Tensor, "n d"], groups: Groups) -> Float[Tensor, "n d"]:
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        seen = []
+        for part, shape in zip(qkv.split([count * length for count, length in groups]), groups, strict=True):
+            heads = part.unflatten(0, shape).unflatten(-1, (3, self.num_heads, -1))
+            q, k, v = heads.transpose(1, 3).unbind(2)  # [b, heads, l, h]
+            seen.append(attention(q, k, v, causal=self.causal).transpose(1, 2).flatten(2).flatten(0, 1))
+        return self.out_proj(seen[0] if len(seen) == 1 else torch.cat(seen))
 
 
 class TextMlp(nn.Module):
@@ -45,7 +52,7 @@ class TextMlp(nn.Module):
         self.c_fc = Linear(dim, hidden, std=(2 * dim) ** -0.5)
         self.c_proj = Linear(hidden, dim, std=dim**-0.5 * (2 * cfg.depth) ** -0.5)
 
-    def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
+    def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         x = self.c_fc(x)
         return self.c_proj(x * torch.sigmoid(1.702 * x) if self.quick_gelu else F.gelu(x))
 
@@ -63,22 +70,34 @@ class TextBlock(Recomputable):
         self.mlp = TextMlp(cfg)
         self.ls_2 = nn.Identity() if scale is None else LayerScale(dim, scale)
 
-    def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
-        x = x + self.ls_1(self.attn(self.ln_1(x)))
+    def forward(self, x: Float[Tensor, "n d"], groups: Groups) -> Float[Tensor, "n d"]:
+        x = x + self.ls_1(self.attn(self.ln_1(x), groups))
         return x + self.ls_2(self.mlp(self.ln_2(x)))
 
 
 class TextTransformer(nn.Module):
-    """The blocks of the text tower, on embedded tokens."""
+    """The blocks of the text tower, on embedded tokens.
+
+    Texts come in groups of one length each. The tokens of all groups lie behind one another, so that a block computes
+    its products once, on no more padding than the groups have.
+    """
 
     def __init__(self, cfg: TextConfig) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(TextBlock(cfg) for _ in range(cfg.depth))
 
     def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
+        """Texts of one length."""
+        return self.grouped([x])[0]
+
+    def grouped(self, groups: Sequence[Float[Tensor, "_ _ d"]]) -> list[Float[Tensor, "_ _ d"]]:
+        """Texts in groups, each [texts, tokens, d]."""
+        shapes = tuple((x.shape[0], x.shape[1]) for x in groups)
+        x = groups[0].flatten(0, 1) if len(groups) == 1 else torch.cat([x.flatten(0, 1) for x in groups])
         for block in self.resblocks:
-            x = run(block, x)
-        return x
+            x = run(block, x, shapes)
+        parts = x.split([count * length for count, length in shapes])
+        return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def pool_text(x: Float[Tensor, "b l d"], text: Int[Tensor, "b l"], pool_type: str) -> Float[Tensor, "b *l d"]:

@@ -247,6 +247,22 @@ class VTPModel(PreTrainedModel):
         x = self.visual_proj(x if self.vision.bottleneck_ae_only else self.trunk.bottleneck(x))
         return F.normalize(x, dim=-1) if normalize else x
 
+    def clip_text(self, texts: Sequence[Int[Tensor, "_ _"]], normalize: bool = True) -> Float[Tensor, "b *l t"]:
+        """The text features, in their order, of texts in groups of one length each (padding included)."""
+        self._require("train_clip")
+        longest = max(text.shape[1] for text in texts)
+        if longest > self.text.context_length:
+            raise ValueError(f"text of {longest} tokens; the model reads at most {self.text.context_length}")
+        embedded = [self.token_embedding(text) + self.positional_embedding[: text.shape[1]] for text in texts]
+        groups = zip(self.text_transformer.grouped(embedded), texts, strict=True)
+        pooled = [pool_text(x, text, self.text.pool_type) for x, text in groups]
+        x = self.ln_final(pooled[0] if len(pooled) == 1 else torch.cat(pooled))
+        if isinstance(self.text_projection, nn.Module):
+            x = self.text_projection(x)
+        elif self.text_projection is not None:
+            x = x @ self.text_projection
+        return F.normalize(x, dim=-1) if normalize else x
+
     # The published methods.
 
     def get_last_layer_feature(
@@ -282,16 +298,7 @@ class VTPModel(PreTrainedModel):
 
     def get_clip_text_feature(self, text: Int[Tensor, "b l"], normalize: bool = True) -> Float[Tensor, "b *l t"]:
         """Text features in the space shared with images; of length 1 with normalize."""
-        self._require("train_clip")
-        if text.shape[1] > self.text.context_length:
-            raise ValueError(f"text of {text.shape[1]} tokens; the model reads at most {self.text.context_length}")
-        x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
-        x = self.ln_final(pool_text(self.text_transformer(x), text, self.text.pool_type))
-        if isinstance(self.text_projection, nn.Module):
-            x = self.text_projection(x)
-        elif self.text_projection is not None:
-            x = x @ self.text_projection
-        return F.normalize(x, dim=-1) if normalize else x
+        return self.clip_text([text], normalize)
 
     def get_clip_logits(
         self, image: Float[Tensor, "a 3 H W"], text: Int[Tensor, "b l"]

@@ -101,6 +101,12 @@ class PretrainConfig:
             raise ConfigError("weights: every objective is 0, there is nothing to learn")
         if self.weights.ssl > 0 and self.weights.koleo > 0 and self.batch.ssl == 1:
             raise ConfigError("batch.ssl=1 leaves koleo no neighbour; take at least 2, or set weights.koleo=0")
+        text = self.model.text
+        if self.weights.clip > 0 and (text.no_causal_mask or text.pool_type not in ("argmax", "first")):
+            raise ConfigError(
+                "captions are cut to their lengths, which a tower that reads its padding would notice; "
+                "set model.text.no_causal_mask=false and model.text.pool_type=argmax"
+            )
         if self.publish == "teacher" and self.weights.ssl == 0:
             raise ConfigError("publish=teacher, but weights.ssl=0 leaves no teacher; set publish=student")
         if self.steps < 1:

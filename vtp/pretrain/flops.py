@@ -27,12 +27,12 @@ def step_flops(objectives: Pretraining, batch: Batch) -> int:
         return cost * (embed + transformer(student.trunk.blocks, images, 1 + patches, cfg.model.vision.embed_dim))
 
     if batch.clip is not None:
-        pairs, length = batch.clip.tokens.shape
-        projections = 2 * pairs * (student.visual_proj.weight.numel() + cfg.model.text.embed_dim**2)
-        text = transformer(student.text_transformer.resblocks, pairs, length, cfg.model.text.embed_dim)
+        width, blocks = cfg.model.text.embed_dim, student.text_transformer.resblocks
+        projections = 2 * len(batch.clip.images) * (student.visual_proj.weight.numel() + width**2)
+        text = sum(transformer(blocks, len(part), part.shape[1], width) for part in batch.clip.texts())
         flops += trunk(batch.clip.images.shape, train) + train * (text + projections)
     if batch.rec is not None:
-        if batch.rec.rows is None:
+        if not batch.rec.shared:
             flops += trunk(batch.rec.images.shape, train)
         images, patches = len(batch.rec.images), (cfg.model.image_size // cfg.model.vision.patch_size) ** 2
         decoder = student.pixel_decoder

@@ -114,7 +114,7 @@ class Pretraining(nn.Module):
         shared: Tokens | None = None
         if batch.clip is not None:
             with record_function("clip"):
-                image, words, shared = self._embed(batch.clip, None if batch.rec is None else batch.rec.rows)
+                image, words, shared = self._embed(batch.clip, 0 if batch.rec is None else batch.rec.shared)
                 losses["clip"] = self._contrast(image, words)
                 readings["logit_scale"] = student.logit_scale.detach().exp().mean()
         if batch.rec is not None:
@@ -144,44 +144,37 @@ class Pretraining(nn.Module):
 
         return Tokens(own(tokens.cls), own(tokens.patches), tokens.grid)
 
-    def _embed(self, clip: ClipBatch, rows: Tensor | None) -> tuple[Tensor, Tensor, Tokens | None]:
-        """Features of images and of texts, and the tokens of the views at `rows`, which reconstruction shares.
+    def _embed(self, clip: ClipBatch, shared: int) -> tuple[Tensor, Tensor, Tokens | None]:
+        """Features of images and of texts, and the tokens of the first `shared` views, which are reconstructed too.
 
         Of more pairs than a micro-batch holds, gradients are cached (Gao et al. 2021): each micro-batch is embedded,
         what its layers hold is dropped, and when the loss has given the gradients of all features each is embedded
         again, from the same random state, and its gradients go back. This is a checkpoint around a micro-batch: one
-        forward and one backward pass for DDP and FSDP2. The pairs come in another order, with those at `rows` first.
+        forward and one backward pass for DDP and FSDP2.
         """
-        size, n, n_shared = self.cfg.parallel.micro_batch, len(clip.images), 0 if rows is None else len(rows)
+        size, n = self.cfg.parallel.micro_batch, len(clip.images)
         if size == 0 or n <= size:
-            return self._embed_at_once(clip, rows)
+            return self._embed_at_once(clip, shared)
 
-        def embed(pairs: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor, Tokens | None]:
+        def embed(first: int) -> tuple[Tensor, Tensor, Tokens | None]:
             # A weight's bfloat16 copy that all micro-batches shared would sum their gradients in bfloat16.
             torch.clear_autocast_cache()
-            return self._embed_at_once(ClipBatch(clip.images[pairs], clip.tokens[pairs]), kept)
+            return self._embed_at_once(clip.part(first, first + size), min(max(0, shared - first), size))
 
-        rank = torch.arange(n, 2 * n, device=clip.images.device)
-        if rows is not None:
-            rank[rows] = torch.arange(n_shared, device=rank.device)
-        images, texts, tokens = [], [], []
-        for i, pairs in enumerate(rank.argsort().split(size)):
-            kept = None if rows is None else torch.arange(min(max(0, n_shared - i * size), size), device=rank.device)
-            image, words, shared = checkpoint(embed, pairs, kept, use_reentrant=False)
-            images.append(image)
-            texts.append(words)
-            tokens.append(shared)
-        if rows is not None:
-            cls, patches = (torch.cat([t[j] for t in tokens]) for j in range(2))
-            shared = Tokens(cls, patches, tokens[0].grid)
-        return torch.cat(images), torch.cat(texts), shared
+        parts = [checkpoint(embed, first, use_reentrant=False) for first in range(0, n, size)]
+        images, texts, tokens = zip(*parts, strict=True)
+        kept = [part for part in tokens if part is not None]
+        if not kept:
+            return torch.cat(images), torch.cat(texts), None
+        cls, patches = (torch.cat(of) for of in list(zip(*kept, strict=True))[:2])
+        return torch.cat(images), torch.cat(texts), Tokens(cls, patches, kept[0].grid)
 
-    def _embed_at_once(self, clip: ClipBatch, rows: Tensor | None) -> tuple[Tensor, Tensor, Tokens | None]:
+    def _embed_at_once(self, clip: ClipBatch, shared: int) -> tuple[Tensor, Tensor, Tokens | None]:
         student = self.student
         tokens = student.trunk(clip.images, drop_path=self.cfg.drop_path.clip)
-        shared = None if rows is None else Tokens(tokens.cls[rows], tokens.patches[rows], tokens.grid)
+        kept = Tokens(tokens.cls[:shared], tokens.patches[:shared], tokens.grid) if shared else None
         image = student.clip_image(self._feel("clip", tokens))
-        return image, student.get_clip_text_feature(clip.tokens), shared
+        return image, student.clip_text(clip.texts()), kept
 
     def _contrast(self, image: Tensor, words: Tensor) -> Tensor:
         """InfoNCE or SigLIP between image and text."""

@@ -150,6 +150,11 @@ def test_saving_again_takes_along_what_is_known_of_the_same_weights(run, tmp_pat
         published_stats(run / "tokenizer")
 
 
+def test_a_card_is_called_after_the_run_or_the_repository(run):
+    assert "\n# run\n" in write_card(run / "tokenizer").read_text()
+    assert "\n# tokenizer\n" in write_card(run / "tokenizer", name="me/tokenizer").read_text()
+
+
 def test_a_card_that_somebody_wrote_is_left_alone(run):
     card = run / "tokenizer/README.md"
     card.write_text("# Mine\n")

@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, metavar="DIR")
     p.add_argument("--fit", default="pad", choices=("pad", "crop"), help="how sides become multiples of the patch")
     p.add_argument(
-        "--tile", type=int, metavar="PIXELS", help="side of overlapping tiles; default: whole, up to 256 patches a side"
+        "--tile", type=int, metavar="PIXELS", help="side of overlapping tiles; default: whole, up to 1024 pixels a side"
     )
     _machine(p)
 

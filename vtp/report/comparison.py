@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vtp.config import ConfigError
 from vtp.evaluation.compare import common_size, compare
-from vtp.evaluation.reconstruct_files import ERROR_GAIN, error_map
+from vtp.evaluation.reconstruct_files import ERROR_GAIN, GROUND, error_map
 from vtp.evaluation.run import EvalConfig
 from vtp.images import center_crop, denormalise, normalise, to_uint8
 from vtp.metrics.fidelity import psnr
@@ -32,7 +32,6 @@ SHOWN = 6  # pictures in the grid
 TILE = 192  # pixels: smaller pictures are enlarged by a whole number up to about this
 GAP, LINE = 6, 20  # pixels between tiles, and of a line of text
 EVEN = 1.1  # a rate is the best only if it is more than a tenth above the next: less is the machine's mood
-GROUND = "#e9e9e9"  # neither black nor white, which are the ends of an error map
 
 # By a tokenizer's name: its reconstructions, and the PSNR of each in dB.
 Columns = dict[str, tuple[UInt8[ndarray, "n s s 3"], list[float]]]

@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("tokenizer", type=Path, metavar="TOKENIZER")
     p.add_argument("--data", required=True, metavar="DATA")
     p.add_argument("--out", type=Path, required=True, metavar="DIR")
-    p.add_argument("--label", help="which label becomes the class; may be left out where there is one")
+    p.add_argument("--label", help="which label becomes the class; may be left out where there is at most one")
     p.add_argument("--annotations", metavar="JSONL", help="captions and labels by key, beside tar shards")
     p.add_argument("--size", type=int, metavar="PIXELS", help="side of the images; default: the tokenizer's")
     p.add_argument("--no-flip", dest="flip", action="store_false", help="leave out the mirrored images")

@@ -174,6 +174,8 @@ class VTPModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block", "TextBlock"]
 
+    visual_proj: Linear  # None without CLIP, as published
+    pixel_decoder: PixelDecoder  # None without reconstruction
     text_projection: nn.Parameter | Linear | None
     logit_bias: nn.Parameter | None
 
@@ -183,7 +185,13 @@ class VTPModel(PreTrainedModel):
         vision, text = cfg.vision, cfg.text
         self.vision, self.text = vision, text
         self.trunk = ViT(vision, cfg.rope_dtype)
+        if not cfg.train_clip:
+            self.register_module("visual_proj", None)
+        if not cfg.train_reconstruction:
+            self.register_module("pixel_decoder", None)
         if cfg.train_clip:
+            self.context_length, self.vocab_size = text.context_length, text.vocab_size
+            self.text_pool_type = text.pool_type
             width = text.embed_dim
             shape = [1] if cfg.nonscalar_logit_scale else []
             self.visual_proj = Linear(vision.clip_dim, width, bias=False, std=vision.clip_dim**-0.5)
@@ -297,6 +305,7 @@ class VTPModel(PreTrainedModel):
         self, image: Float[Tensor, "a 3 H W"], text: Int[Tensor, "b l"]
     ) -> tuple[Float[Tensor, "a b"], Float[Tensor, "b a"]]:
         """Scaled similarities of images and texts, and their transpose."""
+        self._require("train_clip")
         logits = self.logit_scale.exp() * self.get_clip_image_feature(image) @ self.get_clip_text_feature(text).T
         logits = logits if self.logit_bias is None else logits + self.logit_bias
         return logits, logits.T

@@ -27,9 +27,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     try:
         args.run(args)
-    except (ConfigError, FileNotFoundError, NonFiniteError, CheckpointError) as error:
+    except (ConfigError, NonFiniteError, CheckpointError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:  # not about a file: nothing that a user can mend
+            raise
         rank = os.environ.get("RANK", "0")
-        print(f"vtp{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        print(f"vtp{'' if rank == '0' else f' (rank {rank})'}: {text}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("vtp: interrupted", file=sys.stderr)
@@ -315,6 +318,8 @@ def _shared(args: argparse.Namespace) -> Any:
 
     from vtp.evaluation.run import EvalConfig
 
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)  # before the work: it may fail
     return EvalConfig(**{field.name: getattr(args, field.name) for field in fields(EvalConfig)})
 
 

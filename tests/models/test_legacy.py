@@ -103,6 +103,14 @@ def test_files_that_are_no_checkpoint(state, config, source, tmp_path, capsys):
     assert "no configuration file at" in wrong(source, "--config", tmp_path / "none.yaml")
 
 
+@pytest.mark.parametrize("out", ["file", "file/out"])
+def test_an_output_at_or_below_a_file_is_one_line(config, source, tmp_path, capsys, out):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SystemExit) as end:
+        main(["convert", str(source), "--config", str(config), "--out", str(tmp_path / out)])
+    assert end.value.code == 2 and f"vtp: {tmp_path / 'file'}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

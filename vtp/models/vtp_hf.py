@@ -381,6 +381,7 @@ class VTPModel(PreTrainedModel):
 
 def publish(model: VTPModel, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
     """Write a tokenizer folder: configuration, weights (the model's own unless given), image processor of its size."""
+    folder.mkdir(parents=True, exist_ok=True)  # of a file in the way transformers merely logs
     model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
     VTPImageProcessor(model.config.image_size).save_pretrained(folder)
 

@@ -56,6 +56,7 @@ def write_comparison(
     if len({folder.resolve() for folder in tokenizers}) < len(tokenizers):
         raise ConfigError("a tokenizer is named twice")
     size = common_size(tokenizers, cfg.size)
+    out.mkdir(parents=True, exist_ok=True)  # before the work: it may fail
     samples = read_held_out(data, cfg.annotations, size).samples
     samples = samples[:: max(1, len(samples) // SHOWN)][:SHOWN]
     if not samples:
@@ -69,7 +70,6 @@ def write_comparison(
         decibels = psnr(denormalise(back), denormalise(images)).tolist()
         columns[name] = (to_uint8(back).permute(0, 2, 3, 1).numpy(), decibels)
     picture = grid(squares, columns)
-    out.mkdir(parents=True, exist_ok=True)
     (out / "compare.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
     picture.save(out / "compare.png")
     (out / "compare.html").write_text(_page(results, squares, columns), encoding="utf-8")

@@ -89,7 +89,8 @@ def test_files_that_are_no_checkpoint(state, config, source, tmp_path, capsys):
         return line
 
     torch.save({"model": state, "cfg": config}, tmp_path / "code.pt")  # a path is an object of a class, not a tensor
-    assert "code.pt cannot be read as tensors" in wrong(tmp_path / "code.pt", "--config", config)
+    said = wrong(tmp_path / "code.pt", "--config", config)
+    assert "code.pt cannot be read as tensors" in said and "\x1b" not in said
     (tmp_path / "torn.safetensors").write_bytes(source.read_bytes()[:100])
     assert "torn.safetensors cannot be read" in wrong(tmp_path / "torn.safetensors", "--config", config)
     assert "no checkpoint file at" in wrong(tmp_path / "none.pt", "--config", config)

@@ -28,7 +28,7 @@ from vtp.config import ConfigError
 from vtp.data.sources import Source, open_source
 from vtp.engine.logging import console, progress_bar
 from vtp.engine.optim import Precision, inference, pick_device
-from vtp.files import file_sha256
+from vtp.files import as_new, file_sha256
 from vtp.images import center_crop, normalise
 from vtp.models.latent_stats import ChannelStats
 from vtp.models.published import open_tokenizer, tokenizer_weights
@@ -246,10 +246,9 @@ def _labelled(
 
 
 def _write_shard(out: Path, number: int, parts: Sequence[dict[str, Tensor]]) -> None:
-    save_file(
-        {key: torch.cat([p[key] for p in parts]).contiguous() for key in parts[0]},
-        out / f"shard_{number:05d}.safetensors",
-    )
+    file = out / f"shard_{number:05d}.safetensors"
+    save_file({key: torch.cat([p[key] for p in parts]).contiguous() for key in parts[0]}, file)
+    as_new(file)
 
 
 class _Moments:

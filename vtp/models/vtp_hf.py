@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PretrainedConfig, PreTrainedModel
 
+from vtp.files import as_new
 from vtp.models.config import DecoderConfig, ModelConfig, TextConfig, ViTConfig
 from vtp.models.decoder import PixelDecoder
 from vtp.models.layers import Linear, Recomputable
@@ -344,6 +345,18 @@ class VTPModel(PreTrainedModel):
 
     # Publishing: what transformers does, and a card.
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers loads; but a path where nothing is, is no name of a repository.
+
+        Raises:
+            FileNotFoundError: no such folder.
+        """
+        place = str(pretrained_model_name_or_path)
+        if place.startswith(("/", ".", "~")) and not os.path.exists(place):
+            raise FileNotFoundError(f"no folder {place}: it should hold config.json and {WEIGHTS}")
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
@@ -370,6 +383,8 @@ class VTPModel(PreTrainedModel):
 
     def _save(self, folder: Path, name: str | None, *args: Any, **kwargs: Any) -> None:
         super().save_pretrained(folder, *args, **kwargs)
+        for file in folder.glob("*.safetensors"):
+            as_new(file)
         if (folder / WEIGHTS).is_file() and kwargs.get("is_main_process", True):  # not: shards, variants, other ranks
             origin = Path(self.name_or_path or "")  # a folder, a repository, or nothing
             write_card(folder, name=name, origin=origin if self.name_or_path and origin.is_dir() else None)

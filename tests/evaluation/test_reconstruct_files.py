@@ -126,6 +126,12 @@ def test_broken_files_are_skipped_and_counted(tokenizer, tmp_path, capsys):
         reconstruct_files(tokenizer, [tmp_path / "in"], tmp_path / "out", cfg=CFG)
 
 
+def test_a_speck_is_told_its_size(tokenizer, tmp_path):
+    save(tmp_path / "speck.png", 3, 2)
+    with pytest.raises(ConfigError, match="1 too few pixels; .*speck.png: too few pixels.*3 x 2"):
+        reconstruct_files(tokenizer, [tmp_path / "speck.png"], tmp_path / "out", cfg=CFG)
+
+
 def test_names_never_collide(tokenizer, tmp_path):
     files = [tmp_path / name for name in ("a/x.png", "a/x.bmp", "b/X.png", "x-2.png", "strips.png")]
     for i, file in enumerate(files):

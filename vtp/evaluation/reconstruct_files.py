@@ -103,7 +103,8 @@ def reconstruct_files(
         bar.update(task, completed=len(rows) + len(skipped))
     if not rows:
         reasons = ", ".join(f"{n} {r}" for r, n in Counter(e.reason for e in skipped.values()).items())
-        raise ConfigError(f"none of {len(names)} files could be read: {reasons}")
+        file, error = next(iter(skipped.items()))
+        raise ConfigError(f"none of {len(names)} files could be read: {reasons}; {file}: {error}")
     order = {str(file): i for i, file in enumerate(names)}
     result = write_result(
         None,

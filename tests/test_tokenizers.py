@@ -58,6 +58,13 @@ def test_open_clip_is_not_imported():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_published_arguments():
+    tokenizer = get_tokenizer("ViT-B-32", 16, "/anywhere", bpe_path=None, additional_special_tokens=None)
+    assert tokenizer.context_length == 16
+    with pytest.raises(ValueError, match="additional_special_tokens=.*another tokenizer than the models'"):
+        get_tokenizer(additional_special_tokens=["<x>"])
+
+
 def test_bad_input(monkeypatch):
     with pytest.raises(ValueError, match="context_length=1"):
         get_tokenizer(context_length=1)

@@ -27,9 +27,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     try:
         args.run(args)
-    except (ConfigError, FileNotFoundError, NonFiniteError, CheckpointError) as error:
+    except (ConfigError, NonFiniteError, CheckpointError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:  # not about a file: nothing that a user can mend
+            raise
         rank = os.environ.get("RANK", "0")
-        print(f"vtp{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        print(f"vtp{'' if rank == '0' else f' (rank {rank})'}: {text}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("vtp: interrupted", file=sys.stderr)
@@ -111,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, metavar="DIR")
     p.add_argument("--fit", default="pad", choices=("pad", "crop"), help="how sides become multiples of the patch")
     p.add_argument(
-        "--tile", type=int, metavar="PIXELS", help="side of overlapping tiles; default: whole, up to 256 patches a side"
+        "--tile", type=int, metavar="PIXELS", help="side of overlapping tiles; default: whole, up to 1024 pixels a side"
     )
     _machine(p)
 
@@ -135,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("tokenizer", type=Path, metavar="TOKENIZER")
     p.add_argument("--data", required=True, metavar="DATA")
     p.add_argument("--out", type=Path, required=True, metavar="DIR")
-    p.add_argument("--label", help="which label becomes the class; may be left out where there is one")
+    p.add_argument("--label", help="which label becomes the class; may be left out where there is at most one")
     p.add_argument("--annotations", metavar="JSONL", help="captions and labels by key, beside tar shards")
     p.add_argument("--size", type=int, metavar="PIXELS", help="side of the images; default: the tokenizer's")
     p.add_argument("--no-flip", dest="flip", action="store_false", help="leave out the mirrored images")
@@ -321,6 +324,8 @@ def _shared(args: argparse.Namespace) -> Any:
 
     from vtp.evaluation.run import EvalConfig
 
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)  # before the work: it may fail
     return EvalConfig(**{field.name: getattr(args, field.name) for field in fields(EvalConfig)})
 
 

@@ -1,8 +1,9 @@
-"""Which file is it: the one name of a file's contents that results, latents and cards refer to."""
+"""Files: the one name of their contents that results, latents and cards refer to, and who may read them."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 
@@ -13,3 +14,10 @@ def file_sha256(file: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def as_new(file: Path) -> None:
+    """Give a file the permissions that the umask gives to new ones: safetensors writes for the owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)

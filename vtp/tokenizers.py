@@ -11,6 +11,7 @@ import html
 import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import regex
 import torch
@@ -26,14 +27,28 @@ WORDS = regex.compile(
 CACHED_WORDS = 1 << 17  # ids of this many words are kept; captions repeat theirs
 
 
-def get_tokenizer(model_name: str = "ViT-B-32", context_length: int | None = None, clean: str = "lower") -> Tokenizer:
+def get_tokenizer(
+    model_name: str = "ViT-B-32",
+    context_length: int | None = None,
+    cache_dir: str | None = None,
+    *,
+    clean: str = "lower",
+    **kwargs: Any,
+) -> Tokenizer:
     """CLIP's tokenizer. As published the name is ignored: all the models share one vocabulary.
 
     Args:
-        model_name: any; kept for callers of the published function.
+        model_name, cache_dir: any; kept for callers of the published function.
         context_length: tokens of a row, 77 where not given.
         clean: "lower" or "whitespace", which keeps the case.
+        kwargs: the published function's others, such as bpe_path and additional_special_tokens, only as None.
+
+    Raises:
+        ValueError: a value that would make another tokenizer.
     """
+    other = next((name for name, value in kwargs.items() if value is not None), None)
+    if other is not None:
+        raise ValueError(f"{other}={kwargs[other]!r} would make another tokenizer than the models'; leave it out")
     return Tokenizer(77 if context_length is None else context_length, clean)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import tarfile
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -137,3 +138,14 @@ def test_shards_on_s3(folder, monkeypatch):
     finally:
         running.stop()
         shards._s3.cache_clear()
+
+
+def test_a_sample_in_which_a_connection_breaks_is_read_whole(folder, server):
+    """Between the picture and its text, wherever that is."""
+    with tarfile.open(folder / "1.tar") as tar:
+        ends = [info.offset for info in tar if info.name.endswith(".txt")]
+    source = open_source(f"{server.url}/{{0..2}}.tar")
+    for at in ends:
+        server.asked.clear()
+        server.faults["/1.tar"] = {1: ("drop", at)}
+        assert [raw.captions for raw in everything(source)] == [("t",)] * 27

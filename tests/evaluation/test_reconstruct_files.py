@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.progress import Progress
 
 from tests.tiny import save_tokenizer
 from vtp.cli import main
@@ -125,6 +126,12 @@ def test_broken_files_are_skipped_and_counted(tokenizer, tmp_path, capsys):
         reconstruct_files(tokenizer, [tmp_path / "in"], tmp_path / "out", cfg=CFG)
 
 
+def test_a_speck_is_told_its_size(tokenizer, tmp_path):
+    save(tmp_path / "speck.png", 3, 2)
+    with pytest.raises(ConfigError, match="1 too few pixels; .*speck.png: too few pixels.*3 x 2"):
+        reconstruct_files(tokenizer, [tmp_path / "speck.png"], tmp_path / "out", cfg=CFG)
+
+
 def test_names_never_collide(tokenizer, tmp_path):
     files = [tmp_path / name for name in ("a/x.png", "a/x.bmp", "b/X.png", "x-2.png", "strips.png")]
     for i, file in enumerate(files):
@@ -179,15 +186,34 @@ def test_tiles_cover_a_side(side, tile, overlap):
     assert all(0 < b - a <= tile - overlap for a, b in zip(at, at[1:], strict=False))
 
 
-def test_only_pictures_too_large_for_the_rotary_positions_are_tiled_unasked(tokenizer, tmp_path):
-    assert tile_for((256 * 8, 100), 8, None, 16) is None
-    assert tile_for((256 * 8 + 1, 100), 8, None, 16) == 16
+def test_only_large_pictures_are_tiled_unasked(tokenizer, tmp_path):
+    assert tile_for((1024, 1024), 8, None, 16) is None
+    assert tile_for((1025, 100), 8, None, 16) == 16
+    assert tile_for((256 * 2 + 1, 100), 2, None, 16) == 16  # too many patches for the rotary positions
+    assert tile_for((1100, 100), 8, None, 2048) is None and tile_for((2049, 100), 8, None, 2048) == 2048
     assert tile_for((100, 40), 8, 104, 16) is None
     assert tile_for((100, 105), 8, 104, 16) == 104
-    save(tmp_path / "long.png", 2060, 16)
+    save(tmp_path / "long.png", 1030, 16)
     (row,) = reconstruct_files(tokenizer, [tmp_path / "long.png"], tmp_path / "out", cfg=CFG)["pictures"]
-    assert row["done"] == "padded to 2064 x 16, in tiles of 16"
-    assert read(tmp_path / "out/long.png").shape == (16, 2060, 3)
+    assert row["done"] == "padded to 1032 x 16, in tiles of 16"
+    assert read(tmp_path / "out/long.png").shape == (16, 1030, 3)
+
+
+def test_a_line_tells_of_pictures_and_tiles(tokenizer, tmp_path, monkeypatch):
+    told = []
+    update = Progress.update
+
+    def spy(bar, task, **changes):
+        update(bar, task, **changes)
+        told.append((bar.tasks[0].completed, bar.tasks[0].total, bar.tasks[0].fields["status"]))
+
+    monkeypatch.setattr(Progress, "update", spy)
+    save(tmp_path / "in/a.png", 40, 40)
+    save(tmp_path / "in/b.png", 16, 16)
+    (tmp_path / "in/c.png").write_bytes(b"")
+    reconstruct_files(tokenizer, [tmp_path / "in"], tmp_path / "out", tile=16, cfg=CFG)
+    assert (0, 3, "4 of 16 tiles") in told and (0, 3, "12 of 16 tiles") in told
+    assert [done for done, _, status in told if not status][-1] == 3
 
 
 def test_error_map():

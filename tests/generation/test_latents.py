@@ -1,4 +1,6 @@
 import json
+import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from vtp.cli import main
 from vtp.config import ConfigError
 from vtp.data import scenes
 from vtp.generation.latents import Latents, LatentStats, encode_latents
@@ -80,6 +83,40 @@ def test_class_folders_with_a_broken_picture(tokenizer, tmp_path):
     with torch.no_grad():
         expected = model.get_reconstruction_latents(normalise(image[None]))
     torch.testing.assert_close(tensors["latents"][:1], expected, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_pictures_without_labels(tokenizer, tmp_path, kind, capsys):
+    """Their latents are those of the same pictures with labels; only a diffusion transformer needs the labels."""
+    data = tmp_path / "data"
+    for i in range(5):
+        file = data / f"ant/{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (24, 40, 3), np.uint8)).save(file)
+    with_labels = encode_latents(tokenizer, str(data), tmp_path / "with", device="cpu")
+    if kind == "folder":
+        data = data / "ant"
+    else:
+        with tarfile.open(tmp_path / "0.tar", "w") as tar:
+            for file in sorted(data.rglob("*.png")):
+                tar.add(file, file.name)
+        data = tmp_path / "0.tar"
+    options = {"batch_size": 2, "shard_size": 3, "device": "cpu"}
+    without = encode_latents(tokenizer, str(data), tmp_path / "without", **options)
+    assert "without labels" in " ".join(capsys.readouterr().err.split())
+    for key in ("latents", "latents_flip"):
+        torch.testing.assert_close(all_of(without, key), all_of(with_labels, key), rtol=0, atol=2e-2)
+    assert all("labels" not in load_file(file) for file in without.glob("shard_*"))
+    found = Latents(without)
+    assert (len(found), found.stats.label, found.stats.classes) == (5, None, ())
+    assert encode_latents(tokenizer, str(data), without, device="cpu") == without  # there already
+    with pytest.raises(ConfigError, match="has no labels; give labels by class folders or --annotations"):
+        encode_latents(tokenizer, str(data), tmp_path / "x", label="class", device="cpu")
+    mine = shutil.copytree(tokenizer, tmp_path / "mine")
+    main(["publish", str(mine), "--stats", str(without)])  # statistics need no labels
+    with pytest.raises(SystemExit):
+        main(["train-dit", "dit_quickstart", f"latents={without}", f"out={tmp_path / 'run'}"])
+    assert "holds latents without labels" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_constant_channel_becomes_zero(latents):

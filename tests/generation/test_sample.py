@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vtp.cli import main
 from vtp.config import ConfigError
 from vtp.generation.run import train_dit
 from vtp.generation.sample import sample
@@ -48,6 +49,18 @@ def test_files_and_protocol(run, tmp_path):
     assert (protocol["steps"], protocol["cfg_scale"], protocol["sampler"]) == (2, 2.0, "euler")
     with Image.open(out / "grid.png") as grid:
         assert grid.height == 4 + 2 * 100  # two rows of pictures enlarged to 96
+
+
+def test_outputs_below_a_file_are_one_line(run, latents, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    out = f"{tmp_path}/file/out"
+    for words in (
+        ["sample", str(run), "--out", out],
+        ["train-dit", "dit_quickstart", f"latents={latents}", f"out={out}"],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 2 and f"vtp: {tmp_path / 'file'}" in capsys.readouterr().err
 
 
 def test_an_earlier_calls_pictures_do_not_stay(run, tmp_path):

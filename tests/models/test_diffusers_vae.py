@@ -1,8 +1,23 @@
 """The tokenizer under diffusers' interface: the same latents and pictures, and a component of pipelines."""
 
+import json
+import logging
+
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 
 from tests.models.test_vtp_hf import small
 from vtp.config import ConfigError
@@ -103,6 +118,98 @@ def test_a_component_of_a_pipeline(folder, tmp_path):
     assert type(again) is DiTPipeline and type(again.vae) is AutoencoderVTP
     again.set_progress_bar_config(disable=True)
     assert (draw(again) == images).all()
+
+
+PROMPT = {"prompt_embeds": torch.zeros(1, 3, 8)}  # as a text encoder would give it, so that there need be none
+PARTS_OFF = dict.fromkeys(("text_encoder", "tokenizer", "feature_extractor", "image_encoder"))
+
+
+def stable_diffusion(vae):
+    unet = UNet2DConditionModel(
+        sample_size=64,
+        in_channels=8,
+        out_channels=8,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=2,
+        norm_num_groups=2,
+        cross_attention_dim=8,
+    )
+    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
+    parts = PARTS_OFF | {"safety_checker": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(vae=vae, unet=unet, scheduler=scheduler, **parts), PROMPT | {"guidance_scale": 1.0}
+
+
+def stable_diffusion_3(vae):
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=8,
+        out_channels=8,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=1,
+        joint_attention_dim=8,
+        caption_projection_dim=8,
+        pooled_projection_dim=8,
+        pos_embed_max_size=8,
+    )
+    parts = PARTS_OFF | dict.fromkeys(("text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"))
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipeline = StableDiffusion3Pipeline(vae=vae, transformer=transformer, scheduler=scheduler, **parts)
+    return pipeline, PROMPT | {"pooled_prompt_embeds": torch.zeros(1, 8), "guidance_scale": 1.0}
+
+
+def flux(vae):
+    transformer = FluxTransformer2DModel(
+        in_channels=4 * 8,  # its pipeline packs 2 x 2 latents into one
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=1,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        axes_dims_rope=(2, 2, 4),
+    )
+    parts = PARTS_OFF | dict.fromkeys(("text_encoder_2", "tokenizer_2"))
+    pipeline = FluxPipeline(vae=vae, transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), **parts)
+    return pipeline, PROMPT | {"pooled_prompt_embeds": torch.zeros(1, 8)}
+
+
+@pytest.mark.parametrize(("build", "multiple"), [(stable_diffusion, 4), (stable_diffusion_3, 4), (flux, 8)])
+def test_pipelines_work_at_the_patch_size(folder, build, multiple):
+    """Pictures of the size that was asked for come out: the pipelines know the patch size."""
+    torch.manual_seed(0)
+    pipeline, prompt = build(AutoencoderVTP.from_vtp(folder))
+    assert (pipeline.vae_scale_factor, pipeline.image_processor.config.vae_scale_factor) == (4, multiple)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline(**prompt, height=32, width=16, num_inference_steps=1, output_type="np").images
+    assert drawn.shape == (1, 32, 16, 3)
+
+
+def test_the_scale_is_in_files_that_lack_it_and_a_patch_without_one_is_told(folder, tmp_path):
+    vae = AutoencoderVTP.from_vtp(folder)
+    assert len(vae.config.block_out_channels) == 3  # 2 ** (3 - 1) = 4
+    vae.save_pretrained(tmp_path / "vae")
+    file = tmp_path / "vae/config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "block_out_channels"}))
+    assert len(AutoencoderVTP.from_pretrained(tmp_path / "vae").config.block_out_channels) == 3
+    small(vision_patch_size=12, image_size=24).save_pretrained(tmp_path / "twelve")
+    with pytest.warns(UserWarning, match="12 is not a power of two.*not in pipelines"):
+        vae = AutoencoderVTP.from_vtp(tmp_path / "twelve")
+    assert vae.config.block_out_channels is None
+    assert vae(torch.zeros(1, 3, 24, 12)).sample.shape == (1, 3, 24, 12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opening_warns_of_nothing(folder, dtype, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    small().to(dtype).save_pretrained(folder.parent / "typed")
+    vae = AutoencoderVTP.from_vtp(folder.parent / "typed")
+    opened = VTPModel.from_pretrained(folder.parent / "typed").dtype  # float32 in transformers 4, as saved in 5
+    assert vae.dtype == opened and caplog.messages == []
 
 
 def test_mistakes_are_named(folder, tmp_path):

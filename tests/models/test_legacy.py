@@ -90,7 +90,8 @@ def test_files_that_are_no_checkpoint(state, config, source, tmp_path, capsys):
         return line
 
     torch.save({"model": state, "cfg": config}, tmp_path / "code.pt")  # a path is an object of a class, not a tensor
-    assert "code.pt cannot be read as tensors" in wrong(tmp_path / "code.pt", "--config", config)
+    said = wrong(tmp_path / "code.pt", "--config", config)
+    assert "code.pt cannot be read as tensors" in said and "\x1b" not in said
     (tmp_path / "torn.safetensors").write_bytes(source.read_bytes()[:100])
     assert "torn.safetensors cannot be read" in wrong(tmp_path / "torn.safetensors", "--config", config)
     assert "no checkpoint file at" in wrong(tmp_path / "none.pt", "--config", config)
@@ -102,6 +103,14 @@ def test_files_that_are_no_checkpoint(state, config, source, tmp_path, capsys):
         tmp_path / "student.safetensors", "--config", config, "--weights", "teacher"
     )
     assert "no configuration file at" in wrong(source, "--config", tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("out", ["file", "file/out"])
+def test_an_output_at_or_below_a_file_is_one_line(config, source, tmp_path, capsys, out):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SystemExit) as end:
+        main(["convert", str(source), "--config", str(config), "--out", str(tmp_path / out)])
+    assert end.value.code == 2 and f"vtp: {tmp_path / 'file'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Cards and what they are made of: nothing invented, nothing about other weights, code that runs, one upload."""
 
 import json
+import os
 import re
+import stat
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -21,6 +23,7 @@ from vtp.models.diffusers_vae import AutoencoderVTP
 from vtp.models.latent_stats import ChannelStats, write_stats
 from vtp.models.published import add_evidence, open_tokenizer, published_stats, write_card
 from vtp.models.vtp_hf import VTPModel
+from vtp.models.vtp_hf_processing import VTPImageProcessor
 
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
@@ -148,6 +151,36 @@ def test_saving_again_takes_along_what_is_known_of_the_same_weights(run, tmp_pat
     assert "Figures" not in text and "Latent statistics" not in text
     with pytest.raises(ConfigError, match="is of other weights than"):
         published_stats(run / "tokenizer")
+
+
+def test_a_card_is_called_after_the_run_or_the_repository(run):
+    assert "\n# run\n" in write_card(run / "tokenizer").read_text()
+    assert "\n# tokenizer\n" in write_card(run / "tokenizer", name="me/tokenizer").read_text()
+
+
+def test_a_path_that_is_not_there_is_named():
+    with pytest.raises(FileNotFoundError, match="no folder /nope/tokenizer: it should hold config.json and model.saf"):
+        VTPModel.from_pretrained("/nope/tokenizer")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_weights_have_the_permissions_of_new_files(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        small().save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(modes, 0o666 & ~umask) and "model.safetensors" in modes
+
+
+def test_without_a_hub_one_line_says_so_of_a_processor(monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise ConnectionError("offline mode is enabled.\nmore")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    with pytest.raises(ConfigError, match="could not push to me/x: offline mode is enabled.; the Hub must be"):
+        VTPImageProcessor(16).push_to_hub("me/x")
 
 
 def test_a_card_that_somebody_wrote_is_left_alone(run):

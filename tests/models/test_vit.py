@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -64,6 +67,33 @@ def test_forward_intermediates_are_timms():
         early, (second, first) = trunk.forward_intermediates(images, [-2, 0], stop_early=True, output_fmt="NLC")
         assert torch.equal(second, maps[0].flatten(2).mT)  # in the order of the blocks, whatever that of the indices
         assert torch.equal(first, maps[1].flatten(2).mT) and torch.equal(early[:, 1:], trunk.norm(first))
+
+
+def test_forward_intermediates_takes_timms_names():
+    trunk = ViT(SMALL).eval()
+    images = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        (maps,) = trunk.forward_intermediates(x=images, indices=1, intermediates_only=True)
+        assert torch.equal(maps, trunk.forward_intermediates(images, 1, intermediates_only=True)[0])
+
+
+def test_images_of_another_shape_are_told_what_is_wanted():
+    """In a process of its own: here annotations are checked, and would object first."""
+    code = (
+        "import torch\n"
+        "from vtp.models.config import ViTConfig\n"
+        "from vtp.models.vit import ViT\n"
+        "trunk = ViT(ViTConfig(patch_size=4, embed_dim=16, depth=1, num_heads=2), 'fp32')\n"
+        "for shape in ([1, 1, 8, 8], [3, 8, 8], [1, 3, 3, 8]):\n"
+        "    try:\n"
+        "        trunk(torch.zeros(shape))\n"
+        "    except ValueError as error:\n"
+        "        print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    one, flat, small = done.stdout.splitlines()
+    assert one.startswith("images of shape [1, 1, 8, 8]: give [b, 3, H, W]") and flat.startswith("images of shape [3,")
+    assert small == "images of (3, 8) pixels hold no whole patch of 4 x 4"
 
 
 @pytest.mark.parametrize("indices", [0, 4, [3], [0, -4], []])

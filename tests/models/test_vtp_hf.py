@@ -224,8 +224,22 @@ def test_published_entry():
         model(image, forward_type="ssl")
     with pytest.raises(RuntimeError, match="train_clip=false"):
         small(train_clip=False).get_clip_image_feature(image)
+    with pytest.raises(RuntimeError, match="built with train_clip=false and has no such part"):
+        small(train_clip=False).get_clip_logits(image, text)
     with pytest.raises(RuntimeError, match="train_reconstruction=false"):
         small(train_reconstruction=False)(image, forward_type="rec")
+
+
+def test_published_attributes():
+    model, blind = small(text_pool_type="last"), small(train_reconstruction=False)
+    assert (model.context_length, model.vocab_size, model.text_pool_type) == (8, 50, "last")
+    assert model.visual_proj.weight.shape == (24, 32) and blind.pixel_decoder is None
+    deaf = small(train_clip=False)
+    assert deaf.visual_proj is None and not hasattr(deaf, "context_length")
+    assert not any(
+        name.startswith(("visual_proj", "pixel_decoder"))
+        for name in small(train_clip=False, train_reconstruction=False).state_dict()
+    )
 
 
 def test_one_pass_serves_clip_and_latents():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,8 @@ from vtp.evaluation.results import Seen, write_result
 from vtp.evaluation.run import EvalConfig, open_extractor
 from vtp.images import center_crop
 
+PASSES = 5  # that are timed
+
 
 class Compared(NamedTuple):
     """One tokenizer's results object, and what it made of the pictures to be shown."""
@@ -29,35 +33,34 @@ class Compared(NamedTuple):
     shown: Float[Tensor, "n 3 s s"]  # ImageNet-normalised, on the CPU
 
 
-class Timed:
-    """A codec whose passes are timed. The first batch pays for memory and kernels: it counts only if it is alone."""
+def rates(codecs: Sequence[Codec], images: Float[Tensor, "b 3 H W"]) -> list[dict[str, float]]:
+    """Images a second that each codec encodes and decodes: medians of `PASSES` passes over the same images.
 
-    def __init__(self, codec: Codec) -> None:
-        self.codec = codec
-        self.latent: tuple[int, ...] = ()  # (channels, rows, columns)
-        self._passes: list[tuple[int, float, float]] = []  # (images, seconds of encoding, of decoding)
+    The passes go round the codecs in turn, so that a busy minute of the machine falls on all of them alike, after one
+    round that is not counted, which pays for memory and kernels.
+    """
+    seconds: list[list[tuple[float, float]]] = [[] for _ in codecs]
+    for i in range(1 + PASSES):
+        for codec, passes in zip(codecs, seconds, strict=True):
+            here = images.to(codec.device)
+            times = [_now(codec)]
+            latents = codec.encode(here)
+            times.append(_now(codec))
+            codec.decode(latents)
+            times.append(_now(codec))
+            if i > 0:
+                passes.append((times[1] - times[0], times[2] - times[1]))
+    names = ("encode_images_per_second", "decode_images_per_second")
+    return [
+        {name: len(images) / median(column) for name, column in zip(names, zip(*passes, strict=True), strict=True)}
+        for passes in seconds
+    ]
 
-    def __call__(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 3 H W"]:
-        """There and back."""
-        images = images.to(self.codec.device)
-        times = [self._now()]
-        latents = self.codec.encode(images)
-        times.append(self._now())
-        back = self.codec.decode(latents)
-        times.append(self._now())
-        self.latent = tuple(latents.shape[1:])
-        self._passes.append((len(images), times[1] - times[0], times[2] - times[1]))
-        return back
 
-    def rates(self) -> dict[str, float]:
-        """Images a second."""
-        images, encoding, decoding = (sum(column) for column in zip(*(self._passes[1:] or self._passes), strict=True))
-        return {"encode_images_per_second": images / encoding, "decode_images_per_second": images / decoding}
-
-    def _now(self) -> float:
-        if self.codec.device.type == "cuda":
-            torch.cuda.synchronize(self.codec.device)
-        return time.perf_counter()
+def _now(codec: Codec) -> float:
+    if codec.device.type == "cuda":
+        torch.cuda.synchronize(codec.device)
+    return time.perf_counter()
 
 
 def common_size(tokenizers: Sequence[Path], size: int | None) -> int:
@@ -90,6 +93,8 @@ def compare(
 ) -> list[Compared]:
     """Encode and decode the images of `data`, centre-cropped at `size`, with each tokenizer in turn.
 
+    All of them are in memory together, for the rates: see `rates`. These are of the first batch.
+
     Args:
         shown: ImageNet-normalised pictures that each reconstructs besides, to be looked at.
         extractor: as in `vtp eval reconstruction`.
@@ -105,32 +110,39 @@ def compare(
     """
     source, device = open_source(data, cfg.annotations), pick_device(cfg.device)
     network = None if extractor is None else open_extractor(extractor, device)
+    codecs = [open_codec(folder, cfg.device, cfg.precision) for folder in tokenizers]
+
+    def batches() -> Iterator[tuple[Tensor, Any]]:
+        return image_batches(source, size, cfg.batch_size, center_crop, cfg.limit)
+
+    seen = [Seen() for _ in codecs]
+    quality = [
+        reconstruction(codec.reconstruct, s.passing(batches()), network) for codec, s in zip(codecs, seen, strict=True)
+    ]
+    first, _ = next(batches())
     compared = []
-    for folder in tokenizers:
-        codec, seen = open_codec(folder, cfg.device, cfg.precision), Seen()
-        timed = Timed(codec)
-        batches = image_batches(source, size, cfg.batch_size, center_crop, cfg.limit)
-        metrics = reconstruction(timed, seen.passing(batches), network)
-        protocol = {"data": data, "images": seen.count, "resize": "centre crop", "size": size}
+    for folder, codec, s, metrics, rate in zip(tokenizers, codecs, seen, quality, rates(codecs, first), strict=True):
+        protocol = {"data": data, "images": s.count, "resize": "centre crop", "size": size}
         protocol |= {"precision": codec.precision, "batch_size": cfg.batch_size, "device": str(device)}
         protocol |= {"threads": torch.get_num_threads()} if device.type == "cpu" else {}
         protocol |= {} if network is None else {"extractor": network.protocol}
+        protocol |= {"rates": f"medians of {PASSES} passes over {len(first)} images, tokenizers in turn"}
         result = write_result(
             None,
             task="compare",
-            metrics=metrics | timed.rates(),
+            metrics=metrics | rate,
             protocol=protocol,
             weights=codec.make.weights,
-            data_sha256=seen.sha256,
+            data_sha256=s.sha256,
         )
-        values = timed.latent[0] * timed.latent[1] * timed.latent[2]
+        latent = tuple(codec.encode(shown[:1].to(codec.device)).shape[1:])
         result["tokenizer"] = {
             "folder": str(folder),
             "kind": codec.make.kind,
-            "latent": list(timed.latent),
-            "compression": 3 * size**2 / values,
+            "latent": list(latent),
+            "compression": shown[0].numel() / math.prod(latent),
             "parameters": codec.parameters,
         }
-        back = [codec.reconstruct(part).cpu() for part in shown.split(cfg.batch_size)]
+        back = [codec.reconstruct(part.to(codec.device)).cpu() for part in shown.split(cfg.batch_size)]
         compared.append(Compared(result, torch.cat(back)))
     return compared

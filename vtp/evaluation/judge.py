@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vtp.config import ConfigError
 from vtp.data.sources import Source
-from vtp.files import file_sha256
+from vtp.files import as_new, file_sha256
 from vtp.images import normalise, squash
 from vtp.metrics.extractors import Extractor
 from vtp.models.cnn import ConvClassifier
@@ -94,6 +94,7 @@ def save_judge(judge: ConvClassifier, folder: Path) -> None:
     config = {"classes": judge.classes, "size": judge.size, "width": judge.width}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(judge.state_dict(), folder / "model.safetensors")
+    as_new(folder / "model.safetensors")
 
 
 def load_judge(folder: Path, device: torch.device | str = "cpu") -> ConvClassifier:

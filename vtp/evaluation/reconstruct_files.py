@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vtp.config import ConfigError
 from vtp.data.decode import BadImage, decode
+from vtp.engine.logging import progress_bar
 from vtp.evaluation.codecs import Codec, open_codec
 from vtp.evaluation.results import write_result
 from vtp.evaluation.run import EvalConfig
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # what a folder is searched for
 MOST_PATCHES = 256  # a side; beyond it the published bfloat16 rotary positions of neighbouring patches collide
 SSIM_WINDOW = 11  # pixels; smaller pictures have no SSIM
-GAP = 8  # white pixels between the pictures of a strip
+WHOLE = 1024  # pixels a side; the memory of attention grows with the square of a picture's area
+GAP = 8  # pixels between the pictures of a strip
+GROUND = (233, 233, 233)  # neither black nor white, which are the ends of an error map and colours of pictures
 ERROR_GAIN = 5  # error maps: an error of 51 levels is white
 
 Fit = Literal["pad", "crop"]
@@ -60,7 +63,7 @@ def reconstruct_files(
         fit: sides are multiples of the patch. "pad" repeats the last row and column, and cuts the result back; "crop"
             keeps the central part.
         tile: pictures with a longer side go through in overlapping squares of this side, blended. None tiles only those
-            of more than 256 patches a side, in tiles of the tokenizer's own size.
+            of more than 1,024 pixels or 256 patches a side, in tiles of the tokenizer's own size.
         cfg: batch_size, device and precision count.
 
     Returns:
@@ -85,14 +88,23 @@ def reconstruct_files(
     (out / "strips").mkdir(parents=True, exist_ok=True)
     rows = []
     budget = cfg.batch_size * side**2
-    for group in same_size(pictures, budget):
-        shape = group[0].pixels.shape[:2]
-        tiled = tile_for(shape, patch, tile, side)
-        back = _through(codec, [p.pixels for p in group], tiled, budget)
-        rows += [_write(p, b, out, tiled) for p, b in zip(group, back, strict=True)]
+    with progress_bar("reconstruct") as bar:
+        task = bar.add_task("reconstruct", total=len(names), status="")
+
+        def tell(done: int, total: int) -> None:
+            bar.update(task, status=f"{done} of {total} tiles" if done < total else "")
+
+        for group in same_size(pictures, budget):
+            shape = group[0].pixels.shape[:2]
+            tiled = tile_for(shape, patch, tile, side)
+            back = _through(codec, [p.pixels for p in group], tiled, budget, tell)
+            rows += [_write(p, b, out, tiled) for p, b in zip(group, back, strict=True)]
+            bar.update(task, completed=len(rows) + len(skipped))
+        bar.update(task, completed=len(rows) + len(skipped))
     if not rows:
         reasons = ", ".join(f"{n} {r}" for r, n in Counter(e.reason for e in skipped.values()).items())
-        raise ConfigError(f"none of {len(names)} files could be read: {reasons}")
+        file, error = next(iter(skipped.items()))
+        raise ConfigError(f"none of {len(names)} files could be read: {reasons}; {file}: {error}")
     order = {str(file): i for i, file in enumerate(names)}
     result = write_result(
         None,
@@ -199,11 +211,15 @@ def tile_for(shape: tuple[int, ...], patch: int, asked: int | None, side: int) -
     longest = -(-max(shape) // patch) * patch
     if asked is not None:
         return asked if longest > asked else None
-    return side if longest > MOST_PATCHES * patch else None
+    return side if longest > max(side, min(WHOLE, MOST_PATCHES * patch)) else None
 
 
 def _through(
-    codec: Codec, pixels: Sequence[UInt8[ndarray, "h w 3"]], tile: int | None, budget: int
+    codec: Codec,
+    pixels: Sequence[UInt8[ndarray, "h w 3"]],
+    tile: int | None,
+    budget: int,
+    tell: Callable[[int, int], None],
 ) -> Float[Tensor, "b 3 h w"]:
     """Encoded and decoded, ImageNet-normalised; padded before and cut back after."""
     height, width = pixels[0].shape[:2]
@@ -213,12 +229,17 @@ def _through(
     if tile is None:
         back = codec.reconstruct(images)
     else:
-        back = torch.cat([tiled(codec.reconstruct, image, tile, patch, budget) for image in images.split(1)])
+        back = torch.cat([tiled(codec.reconstruct, image, tile, patch, budget, tell) for image in images.split(1)])
     return back[..., :height, :width]
 
 
 def tiled(
-    function: Callable[[Tensor], Tensor], image: Float[Tensor, "1 3 H W"], tile: int, patch: int, budget: int
+    function: Callable[[Tensor], Tensor],
+    image: Float[Tensor, "1 3 H W"],
+    tile: int,
+    patch: int,
+    budget: int,
+    tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Float[Tensor, "1 3 H W"]:
     """A function of images, applied to overlapping tiles whose results are blended.
 
@@ -229,6 +250,7 @@ def tiled(
         image: sides are multiples of the patch.
         tile: a multiple of the patch, at least two.
         budget: pixels that go through the function at once.
+        tell: is told of tiles done and their number.
     """
     overlap = max(patch, tile // 4 // patch * patch)
     height, width = (min(tile, side) for side in image.shape[-2:])
@@ -243,6 +265,7 @@ def tiled(
         for (y, x), part in zip(some, done, strict=True):
             result[..., y : y + height, x : x + width] += part * weight
             total[..., y : y + height, x : x + width] += weight
+        tell(first + len(some), len(corners))
     return result / total
 
 
@@ -284,8 +307,8 @@ def error_map(before: UInt8[ndarray, "h w 3"], after: UInt8[ndarray, "h w 3"]) -
 
 
 def in_a_row(pictures: Sequence[UInt8[ndarray, "h _ 3"]]) -> UInt8[ndarray, "h _ 3"]:
-    """Pictures of one height in a row, with a white gap."""
-    gap = np.full((pictures[0].shape[0], GAP, 3), 255, np.uint8)
+    """Pictures of one height in a row, with a grey gap."""
+    gap = np.full((pictures[0].shape[0], GAP, 3), GROUND, np.uint8)
     parts = [pictures[0]]
     for picture in pictures[1:]:
         parts += [gap, picture]

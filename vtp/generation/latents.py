@@ -1,6 +1,7 @@
 """`vtp latents`: images -> a folder of latents with their classes and the statistics to normalise them by.
 
 shard_00000.safetensors ...   latents [m, c, h, w] float32, latents_flip (the mirrored images'), labels [m] int64
+                              (of data that have labels)
 stats.json                    written last: a folder without it is unfinished
 """
 
@@ -27,7 +28,7 @@ from vtp.config import ConfigError
 from vtp.data.sources import Source, open_source
 from vtp.engine.logging import console, progress_bar
 from vtp.engine.optim import Asked, inference, pick_device, pick_precision
-from vtp.files import file_sha256
+from vtp.files import as_new, file_sha256
 from vtp.images import center_crop, normalise
 from vtp.models.latent_stats import ChannelStats
 from vtp.models.published import open_tokenizer, tokenizer_weights
@@ -48,7 +49,7 @@ class LatentStats(ChannelStats):
     data: str
     flip: bool  # whether the mirrored images' latents are there too
     limit: int | None  # images asked for at most
-    label: str  # which of the data's labels
+    label: str | None  # which of the data's labels; None: they had none, and the shards hold no labels
     classes: tuple[str, ...]  # names of the label's values
     left_out: dict[str, int]  # samples of the data that are not here, by reason
     tokenizer: str
@@ -84,7 +85,7 @@ class Latents:
         for file in sorted(folder.glob("shard_*.safetensors")):
             with safe_open(file, "pt") as shard:
                 self.shards.append({key: shard.get_tensor(key) for key in shard.keys()})  # noqa: SIM118
-        self.ends = torch.tensor([len(s["labels"]) for s in self.shards]).cumsum(0)
+        self.ends = torch.tensor([len(s["latents"]) for s in self.shards]).cumsum(0)
         if not self.shards or len(self) != self.stats.count:
             found = len(self) if self.shards else 0
             raise ConfigError(f"{folder} holds {found} latents, its {STATS} says {self.stats.count}: make it again")
@@ -95,7 +96,7 @@ class Latents:
     def take(
         self, rows: Int[Tensor, " b"], mirrored: Bool[Tensor, " b"]
     ) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"]]:
-        """Latents (of the mirrored image where asked) and labels of some rows."""
+        """Latents (of the mirrored image where asked) and labels of some rows; they must have labels."""
         shards = torch.searchsorted(self.ends, rows, right=True)
         latents, labels = torch.empty(len(rows), *self.stats.shape), torch.empty(len(rows), dtype=torch.int64)
         for i in shards.unique().tolist():
@@ -128,7 +129,8 @@ def encode_latents(
     Args:
         tokenizer: a published tokenizer folder.
         data: any DATA string.
-        label: which label of the data becomes the class; may be left out where there is only one.
+        label: which label of the data becomes the class; may be left out where there is only one, or none: then the
+            latents have no labels.
         annotations: captions and labels by key, beside tar shards.
         size: side of the images, cropped as ADM does; the tokenizer's own if None.
         flip: also encode the mirrored images.
@@ -179,23 +181,26 @@ def encode_latents(
     count = shard = 0
     with progress_bar("latents") as bar:
         task = bar.add_task("latents", total=limit, status="")
-        while rows := list(islice(samples, min(batch_size, shard_size - sum(len(p["labels"]) for p in parts)))):
+        while rows := list(islice(samples, min(batch_size, shard_size - sum(len(p["latents"]) for p in parts)))):
             pixels = torch.from_numpy(np.stack([image for image, _ in rows])).permute(0, 3, 1, 2)
             images = normalise(pixels.to(target))
-            part = {"latents": encode(images).cpu(), "labels": torch.tensor([y for _, y in rows])}
+            part = {"latents": encode(images).cpu()}
+            if label is not None:
+                part["labels"] = torch.tensor([y for _, y in rows])
             if flip:
                 part["latents_flip"] = encode(images.flip(-1)).cpu()
             sums.add(part["latents"])
             parts.append(part)
             count += len(rows)
-            if sum(len(p["labels"]) for p in parts) == shard_size:
+            if sum(len(p["latents"]) for p in parts) == shard_size:
                 _write_shard(out, shard, parts)
                 shard, parts = shard + 1, []
             bar.update(task, completed=count)
     if parts:
         _write_shard(out, shard, parts)
     if count == 0:
-        raise ConfigError(f"no usable picture in {data} has the label '{label}'; left out: {dict(left_out)}")
+        which = "" if label is None else f" has the label '{label}'"
+        raise ConfigError(f"no usable picture in {data}{which}; left out: {dict(left_out)}")
     left_out.update({reason: n for reason, n in source.report.items() if reason != "samples"})
     channels, height, width = sums.shape
     mean, std = sums.mean_std()
@@ -204,19 +209,20 @@ def encode_latents(
         std=std,
         shape=(channels, height, width),
         count=count,
-        classes=source.classes[label],
+        classes=() if label is None else source.classes[label],
         left_out=dict(left_out),
         tokenizer=str(tokenizer.resolve()),
         **origin,
     ).write(out / STATS)
-    console.print(f"{count} latents of {channels} x {height} x {width} in {out}")
+    unlabelled = ", without labels: the data have none" if label is None else ""
+    console.print(f"{count} latents of {channels} x {height} x {width} in {out}{unlabelled}")
     return out
 
 
-def _label(source: Source, label: str | None) -> str:
+def _label(source: Source, label: str | None) -> str | None:
     names = sorted(source.classes)
-    if label is None and len(names) == 1:
-        return names[0]
+    if label is None and len(names) < 2:
+        return names[0] if names else None
     if label not in source.classes:
         asked = "has several labels" if label is None else f"has no label '{label}'"
         there = f"choose --label of {', '.join(names)}" if names else "give labels by class folders or --annotations"
@@ -225,24 +231,24 @@ def _label(source: Source, label: str | None) -> str:
 
 
 def _labelled(
-    source: Source, label: str, size: int, left_out: Counter[str]
-) -> Iterator[tuple[UInt8[ndarray, "h w 3"], int]]:
-    """Cropped pictures that have the label, with its value; the others are counted."""
+    source: Source, label: str | None, size: int, left_out: Counter[str]
+) -> Iterator[tuple[UInt8[ndarray, "h w 3"], int | None]]:
+    """Cropped pictures that have the label, with its value, and the others are counted; all of them for no label."""
     for shard in source.shards:
         for raw in source.read(shard, size):
-            if label not in raw.labels:
+            if label is not None and label not in raw.labels:
                 left_out[f"no {label}"] += 1
                 continue
             if (image := raw.pixels(left_out)) is not None:
                 same = image.shape[:2] == (size, size)
-                yield image if same else np.asarray(center_crop(Image.fromarray(image), size)), raw.labels[label]
+                value = None if label is None else raw.labels[label]
+                yield image if same else np.asarray(center_crop(Image.fromarray(image), size)), value
 
 
 def _write_shard(out: Path, number: int, parts: Sequence[dict[str, Tensor]]) -> None:
-    save_file(
-        {key: torch.cat([p[key] for p in parts]).contiguous() for key in parts[0]},
-        out / f"shard_{number:05d}.safetensors",
-    )
+    file = out / f"shard_{number:05d}.safetensors"
+    save_file({key: torch.cat([p[key] for p in parts]).contiguous() for key in parts[0]}, file)
+    as_new(file)
 
 
 class _Moments:

@@ -28,6 +28,11 @@ def train_dit(cfg: DiTTrainConfig) -> Path:
         NonFiniteError: a loss became NaN or infinite; the last good checkpoint is kept.
     """
     latents = Latents(cfg.folder)
+    if latents.stats.label is None:
+        raise ConfigError(
+            f"{cfg.folder} holds latents without labels, and a diffusion transformer learns classes: make them with "
+            "`vtp latents` of class folders, of shards with KEY.cls, or with --annotations that hold a label"
+        )
     if cfg.flip and not latents.stats.flip:
         raise ConfigError(f"{cfg.folder} holds no mirrored latents; set flip=false, or make them without --no-flip")
     channels, rows, _ = latents.stats.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 MARK = "<!-- written by vtp, and written anew when the tokenizer is saved; without this line it is left alone -->"
@@ -29,6 +30,12 @@ USE_TEXT = """\
 """
 
 
+def naming_parts(folder: Path) -> tuple[str, ...]:
+    """The parts of a tokenizer's path that can name it, the name last: RUN/tokenizer is called after the run."""
+    *before, last = folder.resolve().parts
+    return tuple(before) if last == "tokenizer" and len(before) > 1 else (*before, last)
+
+
 def model_card(
     name: str,
     config: Mapping[str, Any],
@@ -38,6 +45,7 @@ def model_card(
     stats: Mapping[str, Any] | None = None,
     results: Sequence[Mapping[str, Any]] = (),
     license: str | None = None,
+    title: str | None = None,
 ) -> str:
     """Markdown with the Hub's YAML front matter.
 
@@ -49,6 +57,7 @@ def model_card(
         stats: the contents of latent_stats.json.
         results: results files about these very weights.
         license: its identifier on the Hub.
+        title: the heading; the last part of the name if None.
     """
     patch, channels = config["vision_patch_size"], latent_channels(config)
     parts = ["one ViT encodes"]
@@ -59,7 +68,7 @@ def model_card(
     sections = [
         "\n".join(["---", *_front_matter(license), "---"]),
         MARK,
-        f"# {name.rstrip('/').rpartition('/')[2]}",
+        f"# {name.rstrip('/').rpartition('/')[2] if title is None else title}",
         f"A visual tokenizer of the VTP family: {', '.join(parts)}. An image whose sides are multiples of {patch} "
         f"pixels becomes a map of {channels} channels, {patch} times smaller a side.",
         "## Architecture",

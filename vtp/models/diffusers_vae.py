@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,16 @@ class AutoencoderVTP(ModelMixin, ConfigMixin):  # type: ignore[misc]  # config_n
 
     Images are [b 3 H W] from -1 to 1, H and W multiples of the patch size. Latents are the tokenizer's own; a pipeline
     standardises them by the configuration, either per channel (`latents_mean`, `latents_std`: mean 0 and variance 1 in
-    every channel, as pipelines of Wan and Qwen-Image do) or all alike, (z - shift_factor) * scaling_factor. Without
-    statistics the constants are 0 and 1, and the lists None.
+    every channel) or all alike, (z - shift_factor) * scaling_factor. Without statistics the constants are 0 and 1, and
+    the lists None.
 
     Args:
         tokenizer: its published configuration, of a tokenizer without CLIP's parts.
         latent_channels: of the latents, for pipelines to read.
         spatial_compression_ratio: the patch size, for pipelines to read.
+        block_out_channels: its length alone means something: pipelines take their scale to be 2**(length - 1). The
+            network has no such blocks; all entries are the encoder's width. Worked out from the tokenizer if None, and
+            left None, with a warning, for a patch size that is not a power of two.
     """
 
     _supports_gradient_checkpointing = False
@@ -63,9 +67,19 @@ class AutoencoderVTP(ModelMixin, ConfigMixin):  # type: ignore[misc]  # config_n
         shift_factor: float = 0.0,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
+        block_out_channels: list[int] | None = None,
     ) -> None:
         super().__init__()
         self.vtp = VTPModel(VTPConfig(**tokenizer))
+        patch, width = self.vtp.vision.patch_size, self.vtp.vision.embed_dim
+        if block_out_channels is None and patch & (patch - 1) == 0:
+            self.register_to_config(block_out_channels=[width] * patch.bit_length())
+        elif block_out_channels is None:
+            warnings.warn(
+                f"the patch size {patch} is not a power of two: encode and decode work, but not in pipelines that "
+                "take their scale from block_out_channels (Stable Diffusion's, FLUX's)",
+                stacklevel=2,
+            )
 
     @classmethod
     def from_vtp(cls, folder: str | Path) -> AutoencoderVTP:
@@ -91,7 +105,8 @@ class AutoencoderVTP(ModelMixin, ConfigMixin):  # type: ignore[misc]  # config_n
         )
         kept, weights = vae.vtp.state_dict(), model.state_dict()
         vae.vtp.load_state_dict({name: weights[name] for name in kept})
-        return vae.to(model.dtype).eval()
+        vae.vtp.to(model.dtype)  # not vae.to: diffusers would warn of an empty list of modules to be kept in float32
+        return vae.eval()
 
     def encode(self, x: Float[Tensor, "b 3 H W"], return_dict: bool = True) -> AutoencoderKLOutput | tuple[LatentPoint]:
         """The latents [b c H/patch W/patch] of images, as `.latent_dist.mode()`; a tuple of it without return_dict.

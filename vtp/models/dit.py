@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vtp.files import as_new
 from vtp.models.layers import RMSNorm, attention
 
 # What a published config.json may say of the architecture beside DiTConfig's fields: there is one answer to each.
@@ -125,6 +126,7 @@ class LightningDiT(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+        as_new(folder / "model.safetensors")
 
     @staticmethod
     def from_pretrained(folder: Path) -> "LightningDiT":

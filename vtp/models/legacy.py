@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -89,7 +90,8 @@ def _read(source: Path) -> dict[str, Tensor]:
         else:
             tree = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's, zip's and safetensors' own classes
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch colours its messages
+        reason = text.splitlines()[0] if text else type(error).__name__
         raise ConfigError(f"{source} cannot be read as tensors: {reason}; save the model's state_dict alone") from None
     for key in WRAPPERS:
         if isinstance(tree, Mapping) and isinstance(tree.get(key), Mapping):

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from vtp.config import ConfigError
 from vtp.files import file_sha256
-from vtp.models.card import MARK, model_card
+from vtp.models.card import MARK, model_card, naming_parts
 from vtp.models.latent_stats import LATENT_STATS, ChannelStats, read_stats, write_stats
 
 if TYPE_CHECKING:
@@ -193,6 +193,7 @@ def write_card(
         stats=saved if saved.get("tokenizer_sha256") == sha256 else None,
         results=[result for result in results if result is not None],
         license=license,
+        title=naming_parts(folder)[-1] if name is None else None,
     )
     card.write_text(text, encoding="utf-8")
     return card

@@ -101,7 +101,7 @@ class ViT(nn.Module):
 
     def forward_intermediates(
         self,
-        image: Float[Tensor, "b 3 H W"],
+        x: Float[Tensor, "b 3 H W"],
         indices: int | Sequence[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
@@ -109,10 +109,10 @@ class ViT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Final and intermediate features under the names, defaults and meanings of timm's method.
+        """Final and intermediate features under the names, defaults and meanings of timm's arguments.
 
         Args:
-            image: ImageNet-normalised.
+            x: images, ImageNet-normalised.
             indices: the last n blocks, or the blocks of a sequence (negative ones count from the end), or all (None).
             return_prefix_tokens: pair each intermediate with its class token [b 1 d].
             norm: apply the final norm to the intermediates too.
@@ -135,15 +135,15 @@ class ViT(nn.Module):
         if not chosen or not set(chosen) <= set(range(depth)):
             raise ValueError(f"indices={indices!r}: the {depth} blocks are 0 ... {depth - 1}, or -{depth} ... -1")
         taken: list[Any] = []
-        embedded, grid = self._embed(image, None)
-        for i, x in enumerate(self._each_block(embedded, grid, max(chosen) + 1 if stop_early else depth)):
+        embedded, grid = self._embed(x, None)
+        for i, h in enumerate(self._each_block(embedded, grid, max(chosen) + 1 if stop_early else depth)):
             if i in chosen:
-                y = self.norm(x) if norm else x
+                y = self.norm(h) if norm else h
                 patches = y[:, 1:]
                 if output_fmt == "NCHW":
                     patches = patches.mT.unflatten(2, grid).contiguous()  # [b, d, h, w]
                 taken.append((patches, y[:, :1]) if return_prefix_tokens else patches)
-        return taken if intermediates_only else (self.norm(x), taken)
+        return taken if intermediates_only else (self.norm(h), taken)
 
     def _each_block(
         self, x: Float[Tensor, "b t d"], grid: tuple[int, int], depth: int
@@ -161,6 +161,10 @@ class ViT(nn.Module):
     def _embed(
         self, images: Float[Tensor, "b 3 H W"], masks: Bool[Tensor, "b n"] | None
     ) -> tuple[Float[Tensor, "b t d"], tuple[int, int]]:
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(
+                f"images of shape {list(images.shape)}: give [b, 3, H, W], three colours, ImageNet-normalised"
+            )
         if min(images.shape[2:]) < self.patch_size:
             p = self.patch_size
             raise ValueError(f"images of {tuple(images.shape[2:])} pixels hold no whole patch of {p} x {p}")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PretrainedConfig, PreTrainedModel
 
+from vtp.files import as_new
 from vtp.models.config import DecoderConfig, ModelConfig, TextConfig, ViTConfig
 from vtp.models.decoder import PixelDecoder
 from vtp.models.layers import Linear, Recomputable
@@ -174,6 +175,8 @@ class VTPModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block", "TextBlock"]
 
+    visual_proj: Linear  # None without CLIP, as published
+    pixel_decoder: PixelDecoder  # None without reconstruction
     text_projection: nn.Parameter | Linear | None
     logit_bias: nn.Parameter | None
 
@@ -183,7 +186,13 @@ class VTPModel(PreTrainedModel):
         vision, text = cfg.vision, cfg.text
         self.vision, self.text = vision, text
         self.trunk = ViT(vision, cfg.rope_dtype)
+        if not cfg.train_clip:
+            self.register_module("visual_proj", None)
+        if not cfg.train_reconstruction:
+            self.register_module("pixel_decoder", None)
         if cfg.train_clip:
+            self.context_length, self.vocab_size = text.context_length, text.vocab_size
+            self.text_pool_type = text.pool_type
             width = text.embed_dim
             shape = [1] if cfg.nonscalar_logit_scale else []
             self.visual_proj = Linear(vision.clip_dim, width, bias=False, std=vision.clip_dim**-0.5)
@@ -304,6 +313,7 @@ class VTPModel(PreTrainedModel):
         self, image: Float[Tensor, "a 3 H W"], text: Int[Tensor, "b l"]
     ) -> tuple[Float[Tensor, "a b"], Float[Tensor, "b a"]]:
         """Scaled similarities of images and texts, and their transpose."""
+        self._require("train_clip")
         logits = self.logit_scale.exp() * self.get_clip_image_feature(image) @ self.get_clip_text_feature(text).T
         logits = logits if self.logit_bias is None else logits + self.logit_bias
         return logits, logits.T
@@ -342,6 +352,18 @@ class VTPModel(PreTrainedModel):
 
     # Publishing: what transformers does, and a card.
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers loads; but a path where nothing is, is no name of a repository.
+
+        Raises:
+            FileNotFoundError: no such folder.
+        """
+        place = str(pretrained_model_name_or_path)
+        if place.startswith(("/", ".", "~")) and not os.path.exists(place):
+            raise FileNotFoundError(f"no folder {place}: it should hold config.json and {WEIGHTS}")
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
@@ -368,6 +390,8 @@ class VTPModel(PreTrainedModel):
 
     def _save(self, folder: Path, name: str | None, *args: Any, **kwargs: Any) -> None:
         super().save_pretrained(folder, *args, **kwargs)
+        for file in folder.glob("*.safetensors"):
+            as_new(file)
         if (folder / WEIGHTS).is_file() and kwargs.get("is_main_process", True):  # not: shards, variants, other ranks
             origin = Path(self.name_or_path or "")  # a folder, a repository, or nothing
             write_card(folder, name=name, origin=origin if self.name_or_path and origin.is_dir() else None)
@@ -379,6 +403,7 @@ class VTPModel(PreTrainedModel):
 
 def publish(model: VTPModel, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
     """Write a tokenizer folder: configuration, weights (the model's own unless given), image processor of its size."""
+    folder.mkdir(parents=True, exist_ok=True)  # of a file in the way transformers merely logs
     model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
     VTPImageProcessor(model.config.image_size).save_pretrained(folder)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 from vtp.images import IMAGENET_MEAN, IMAGENET_STD, center_crop, normalise, rgb, squash, to_uint8
+from vtp.models.published import upload
 
 
 class VTPImageProcessor(BaseImageProcessor):
@@ -93,6 +96,12 @@ class VTPImageProcessor(BaseImageProcessor):
         if output_type == "pil":
             return [Image.fromarray(array) for array in arrays]
         raise ValueError(f"output_type={output_type!r} is unknown; one of 'pil', 'np', 'pt'")
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Save, and send to a repository on the Hub. Options and errors as `published.upload`."""
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(Path(folder), repo_id, **options)
 
 
 def _side(size: int | Mapping[str, int]) -> int:

@@ -31,6 +31,7 @@ def profile_step(cfg: PretrainConfig, out: Path, steps: int) -> Group:
 
     Nothing is saved of what was learned. Times are the device's: on a GPU those of its kernels.
     """
+    out.mkdir(parents=True, exist_ok=True)  # before the work: it may fail
     device = pick_device(cfg.device)
     loader = open_loader(cfg, device)
     reseed(cfg.seed, 0, 0)
@@ -57,7 +58,6 @@ def profile_step(cfg: PretrainConfig, out: Path, steps: int) -> Group:
             step(i)
         synchronise()
         milliseconds = 1e3 * (time.perf_counter() - start) / steps
-    out.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(out / "trace.json"))
     timed = "cpu_time_total" if device.type == "cpu" else "device_time_total"
     parts = {name: us / 1e3 / steps for name, us in _parts(profiler.events() or (), timed).items()}

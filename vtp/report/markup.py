@@ -76,16 +76,16 @@ def tile(image: UInt8[ndarray, "h w 3"], text: str) -> str:
     return f'<div class="tile">{img(image, text, 256)}<span>{escape(text)}</span></div>'
 
 
-def img(pixels: UInt8[ndarray, "h w 3"], alt: str, limit: int) -> str:
+def img(pixels: UInt8[ndarray, "h w 3"], alt: str, limit: int, lossless: int = LOSSLESS) -> str:
     """A picture inside the page, at most `limit` pixels wide; small ones are enlarged without blur."""
     image = Image.fromarray(pixels)
     image.thumbnail((limit, limit))
     small = max(image.size) <= 64
     file = io.BytesIO()
-    if max(image.size) <= LOSSLESS:
+    if max(image.size) <= lossless:
         image.save(file, "PNG", optimize=True)
     else:
         image.save(file, "JPEG", quality=90)
-    kind = "png" if max(image.size) <= LOSSLESS else "jpeg"
+    kind = "png" if max(image.size) <= lossless else "jpeg"
     data = base64.b64encode(file.getvalue()).decode()
     return f'<img{" class=small" * small} alt="{escape(alt)}" src="data:image/{kind};base64,{data}">'

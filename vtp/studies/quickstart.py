@@ -51,6 +51,7 @@ def compare_tokenizers(tokenizers: Mapping[str, PretrainConfig], ask: Comparison
     out/judge     the referee: a classifier trained on the labels, which no tokenizer sees
     out/NAME      the tokenizer's run, with latents/, dit/, samples/ and eval/*.json, and log.txt of what it said
     """
+    out.mkdir(parents=True, exist_ok=True)  # before the work: it may fail
     judge = out / "judge"
     size = next(iter(tokenizers.values())).views.size
     if not (judge / "model.safetensors").is_file():

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from vtp.data.inspection import inspect
 from vtp.data.sources import open_source
-from vtp.report.markup import self_contained
+from vtp.report.markup import img, self_contained
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,9 +38,8 @@ def write_inspection(data: str, annotations: str | None, limit: int | None, out:
     out.mkdir(parents=True, exist_ok=True)
     (out / "inspect.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     sheet.save(out / "contact_sheet.png", optimize=True)
-    picture = io.BytesIO()
-    sheet.save(picture, "JPEG", quality=88)
-    (out / "inspect.html").write_text(_page(summary, picture.getvalue()), encoding="utf-8")
+    picture = img(np.asarray(sheet), "contact sheet", limit=max(sheet.size))
+    (out / "inspect.html").write_text(_page(summary, picture), encoding="utf-8")
     return summary
 
 
@@ -84,13 +83,12 @@ def table(summary: dict[str, Any]) -> Table:
     return shown
 
 
-def _page(summary: dict[str, Any], sheet: bytes) -> str:
+def _page(summary: dict[str, Any], sheet: str) -> str:
     body = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows(summary))
-    data = base64.b64encode(sheet).decode()
     return self_contained(
         f"Data: {summary['data']}",
         f"<header><h1>{escape(summary['data'])}</h1></header>"
         f'<div class="scroll"><table class="figures"><tbody>{body}</tbody></table></div><h2>Pictures</h2>'
-        f'<img alt="contact sheet" style="max-width: 100%" src="data:image/jpeg;base64,{data}">'
+        f'<div class="scroll">{sheet}</div>'
         f"<details><summary>inspect.json</summary><pre>{escape(json.dumps(summary, indent=2))}</pre></details>",
     )

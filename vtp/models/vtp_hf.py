@@ -262,7 +262,12 @@ class VTPModel(PreTrainedModel):
         longest = max(text.shape[1] for text in texts)
         if longest > self.text.context_length:
             raise ValueError(f"text of {longest} tokens; the model reads at most {self.text.context_length}")
-        embedded = [self.token_embedding(text) + self.positional_embedding[: text.shape[1]] for text in texts]
+        # One look-up for all groups: each has a gradient as large as the whole embedding.
+        tokens = self.token_embedding(torch.cat([text.flatten() for text in texts])).split([t.numel() for t in texts])
+        embedded = [
+            x.unflatten(0, text.shape) + self.positional_embedding[: text.shape[1]]
+            for x, text in zip(tokens, texts, strict=True)
+        ]
         groups = zip(self.text_transformer.grouped(embedded), texts, strict=True)
         pooled = [pool_text(x, text, self.text.pool_type) for x, text in groups]
         x = self.ln_final(pooled[0] if len(pooled) == 1 else torch.cat(pooled))

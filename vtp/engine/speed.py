@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import resource
 import statistics
@@ -34,6 +35,22 @@ def matmul_rate(device: torch.device, precision: Precision) -> float:
 
     seconds()  # warm
     return 2 * side**3 / statistics.median(seconds() for _ in range(5))
+
+
+# <malloc.h>
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+def reuse_memory(device: torch.device) -> bool:
+    """Have this process keep what a training step on a CPU frees, for the next step; whether the C library can (glibc).
+
+    Left alone it gives large blocks back to the system, and each step pays for having them mapped and zeroed anew: a
+    tenth of the step in benchmarks/step.py. The most memory held does not change.
+    """
+    if device.type != "cpu" or sys.platform != "linux":
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_MMAP_MAX, 0))
 
 
 def peak_memory() -> float:

@@ -10,6 +10,7 @@ from vtp.config import ConfigError
 from vtp.engine.logging import console
 from vtp.engine.loop import open_run, reseed, train
 from vtp.engine.optim import pick_device, pick_precision
+from vtp.engine.speed import reuse_memory
 from vtp.generation.config import DiTTrainConfig
 from vtp.generation.latents import Latents
 from vtp.generation.learner import DiTLearner, LatentBatches
@@ -45,6 +46,7 @@ def train_dit(cfg: DiTTrainConfig) -> Path:
     cfg = replace(cfg, precision=pick_precision(cfg.precision, device))  # a resumed run keeps what this one took
     out = open_run(cfg, cfg.resume, ignore=ORCHESTRATION)
     reseed(cfg.seed, 0, 0)  # every rank starts from the same weights
+    reuse_memory(device)
     learner = DiTLearner(cfg, LightningDiT(shape), latents, device)
     batches = LatentBatches(latents, cfg.batch_size, cfg.seed, cfg.flip)
     train(learner, batches, cfg.steps, cfg.seed, cfg.loop, out, title=out.name)

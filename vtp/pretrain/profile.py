@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from vtp.engine.logging import environment
 from vtp.engine.loop import reseed
 from vtp.engine.optim import pick_device
+from vtp.engine.speed import reuse_memory
 from vtp.pretrain.config import PretrainConfig
 from vtp.pretrain.learner import PretrainLearner
 from vtp.pretrain.run import open_loader
@@ -35,6 +36,7 @@ def profile_step(cfg: PretrainConfig, out: Path, steps: int) -> Group:
     device = pick_device(cfg.device)
     loader = open_loader(cfg, device)
     reseed(cfg.seed, 0, 0)
+    reuse_memory(device)
     learner = PretrainLearner(cfg, device)
     stream = iter(loader)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]

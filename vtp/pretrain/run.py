@@ -16,6 +16,7 @@ from vtp.engine.logging import console
 from vtp.engine.loop import open_run, reseed, train
 from vtp.engine.optim import pick_device, pick_precision
 from vtp.engine.parallel import whole
+from vtp.engine.speed import reuse_memory
 from vtp.models.vtp_hf import publish
 from vtp.pretrain.config import PretrainConfig
 from vtp.pretrain.learner import PretrainLearner
@@ -37,6 +38,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
     loader = open_loader(cfg, device)
     out = open_run(cfg, cfg.resume, ignore=ORCHESTRATION)
     reseed(cfg.seed, 0, 0)  # every rank starts from the same weights
+    reuse_memory(device)
     learner = PretrainLearner(cfg, device)
     try:
         train(learner, loader, cfg.steps, cfg.seed, cfg.loop, out, title=out.name)

@@ -33,6 +33,27 @@ def test_masked_patches_are_not_seen():
     assert torch.equal(trunk(images, masks).cls[1], trunk(images).cls[1])
 
 
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_reading_some_tokens_is_the_whole_pass_at_those(drop_path):
+    """Values, and gradients of all weights."""
+    trunk, images, masks = ViT(SMALL).train(), torch.randn(4, 3, 8, 8), torch.rand(4, 4) < 0.5
+    places = torch.tensor([0, 3, 4, 9, 15])
+    gradients, values = [], []
+    for read in (False, True):
+        torch.manual_seed(0)  # of the stochastic depth
+        if read:
+            values.append(trunk.read(images, places, masks, drop_path))
+        else:
+            cls, patches, _ = trunk(images, masks, drop_path)
+            values.append(torch.cat([cls, patches.flatten(0, 1)[places]]))
+        trunk.zero_grad()
+        values[-1].pow(3).sum().backward()
+        gradients.append([p.grad for p in trunk.parameters()])
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    assert torch.equal(trunk.eval().read(images), trunk.read(images, places[:0]))  # class tokens alone
+
+
 def test_intermediate_features_are_those_on_the_way():
     trunk = ViT(SMALL).eval()
     images = torch.randn(1, 3, 8, 8)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -226,8 +226,8 @@ class SelfAttention(nn.Module):
 
 
 def residual(
-    x: Float[Tensor, "b t d"], branch: Callable[[Tensor], Tensor], drop: float = 0.0
-) -> Float[Tensor, "b t d"]:
+    x: Float[Tensor, "b *t d"], branch: Callable[[Tensor], Tensor], drop: float = 0.0
+) -> Float[Tensor, "b *t d"]:
     """x + branch(x); stochastic depth (Huang et al. 2016) computes the branch for a random subset of the batch only.
 
     The kept max(int(b (1 - drop)), 1) rows are scaled by b / kept, so that the expectation is that of the full branch.
@@ -283,13 +283,20 @@ class Block(Recomputable):
         """The attention branch, without the sum."""
         return self.ls1(self.attn(self.norm1(x), rope))
 
-    def feed(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+    def feed(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         """The feed-forward branch, without the sum."""
         return self.ls2(self.mlp(self.norm2(x)))
 
-    def forward(self, x: Float[Tensor, "b t d"], rope: Rope, drop_path: float = 0.0) -> Float[Tensor, "b t d"]:
+    def forward(
+        self, x: Float[Tensor, "b t d"], rope: Rope, drop_path: float = 0.0, rows: Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, "*b d"]:
+        """All tokens, or those at `rows` of b x t alone: [n, d]."""
         x = residual(x, lambda x: self.attend(x, rope), drop_path)
-        return residual(x, self.feed, drop_path)
+        if rows is None:
+            return residual(x, self.feed, drop_path)
+        if drop_path > 0.0:  # it drops whole images
+            return residual(x, self.feed, drop_path).flatten(0, 1)[rows]
+        return residual(x.flatten(0, 1)[rows], self.feed)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vtp.models.config import ViTConfig
@@ -85,6 +85,29 @@ class ViT(nn.Module):
             x = run(block, x, rope, drop_path)
         x = self.norm(x)
         return Tokens(x[:, 0], x[:, 1:], grid)
+
+    def read(
+        self,
+        images: Float[Tensor, "b 3 H W"],
+        patches: Int[Tensor, " m"] | None = None,
+        masks: Bool[Tensor, "b n"] | None = None,
+        drop_path: float = 0.0,
+    ) -> Float[Tensor, "rows d"]:
+        """The class tokens, then the patches at these places of all images' patches behind one another.
+
+        As in `forward`, but the last block's feed-forward and the norm see no other token.
+        """
+        x, grid = self._embed(images, masks)
+        rope = self.rope_embed(grid, 1, x.device)
+        drop_path = drop_path if self.training else 0.0
+        n = grid[0] * grid[1]
+        rows = torch.arange(len(images), device=x.device) * (1 + n)
+        if patches is not None:
+            rows = torch.cat([rows, patches + patches // n + 1])
+        *before, last = self.blocks
+        for block in before:
+            x = run(block, x, rope, drop_path)
+        return self.norm(run(last, x, rope, drop_path, rows))
 
     def intermediate(self, images: Float[Tensor, "b 3 H W"], blocks: Sequence[int], norm: bool = True) -> list[Tokens]:
         """Features after each of the named blocks (counted from 0), in the order of the blocks.

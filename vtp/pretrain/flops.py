@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import nn
 
 from vtp.data.batches import Batch
+from vtp.models.layers import Block
 from vtp.pretrain.objectives import Pretraining
 
 BACKWARD = 2  # gradients of inputs and of weights cost a forward pass each
@@ -20,11 +23,15 @@ def step_flops(objectives: Pretraining, batch: Batch) -> int:
     train = 1 + BACKWARD
     flops = 0
 
-    def trunk(pixels: tuple[int, ...], cost: int) -> int:
+    def trunk(pixels: tuple[int, ...], cost: int, read: int | None = None) -> int:
         images, side = pixels[0], cfg.model.vision.patch_size
         patches = (pixels[2] // side) * (pixels[3] // side)
         embed = 2 * images * patches * student.trunk.patch_embed.proj.weight.numel()
-        return cost * (embed + transformer(student.trunk.blocks, images, 1 + patches, cfg.model.vision.embed_dim))
+        flops = embed + transformer(student.trunk.blocks, images, 1 + patches, cfg.model.vision.embed_dim)
+        if read is not None:  # the last feed-forward sees those tokens only
+            feed = sum(p.numel() for p in cast(Block, student.trunk.blocks[-1]).mlp.parameters() if p.ndim > 1)
+            flops -= 2 * (images * (1 + patches) - read) * feed
+        return cost * flops
 
     if batch.clip is not None:
         width, blocks = cfg.model.text.embed_dim, student.text_transformer.resblocks
@@ -47,9 +54,9 @@ def step_flops(objectives: Pretraining, batch: Batch) -> int:
         crops, local = batch.ssl.global_crops.flatten(0, 1), batch.ssl.local_crops.flatten(0, 1)
         head = 2 * sum(p.numel() for p in objectives.head.parameters() if p.shape[-1] > 1 and p.ndim > 1)
         seen = len(crops) + len(batch.ssl.mask_indices)
-        flops += trunk(crops.shape, 1 + train) + head * (seen + train * (seen + len(local)))
+        flops += trunk(crops.shape, 1 + train, seen) + head * (seen + train * (seen + len(local)))
         if len(local):
-            flops += trunk(local.shape, train)
+            flops += trunk(local.shape, train, len(local))
     return flops
 
 

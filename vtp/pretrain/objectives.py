@@ -121,7 +121,7 @@ class Pretraining(nn.Module):
             with record_function("rec"):
                 rec_tokens = shared if shared is not None else student.trunk(batch.rec.images, drop_path=drop.rec)
                 assert batch.rec.images is not None  # `finish` filled it
-                losses |= self._reconstruction(self._feel("rec", rec_tokens), batch.rec.images)
+                losses |= self._reconstruction(self._feel_tokens("rec", rec_tokens), batch.rec.images)
         if batch.ssl is not None:
             with record_function("ssl"):
                 ssl_losses, ssl_readings = self._self_distillation(batch.ssl, teacher_temp)
@@ -129,20 +129,20 @@ class Pretraining(nn.Module):
             readings |= ssl_readings
         return Objectives(losses, readings)
 
-    def _feel(self, objective: str, tokens: Tokens) -> Tokens:
-        """The same tokens; the squared norm of the gradient that comes back through them is added to `felt`."""
-        squares = self.felt.setdefault(objective, torch.zeros((), device=tokens.cls.device))
+    def _feel(self, objective: str, x: Tensor) -> Tensor:
+        """The same values; the squared norm of the gradient that comes back through them is added to `felt`."""
+        squares = self.felt.setdefault(objective, torch.zeros((), device=x.device))
 
         def add(gradient: Tensor) -> None:
             squares.add_(gradient.float().square().sum())
 
-        def own(x: Tensor) -> Tensor:
-            x = x.view_as(x)  # a tensor of this objective's own: others may read the same
-            if x.requires_grad:
-                x.register_hook(add)
-            return x
+        x = x.view_as(x)  # a tensor of this objective's own: others may read the same
+        if x.requires_grad:
+            x.register_hook(add)
+        return x
 
-        return Tokens(own(tokens.cls), own(tokens.patches), tokens.grid)
+    def _feel_tokens(self, objective: str, tokens: Tokens) -> Tokens:
+        return Tokens(self._feel(objective, tokens.cls), self._feel(objective, tokens.patches), tokens.grid)
 
     def _embed(self, clip: ClipBatch, shared: int) -> tuple[Tensor, Tensor, Tokens | None]:
         """Features of images and of texts, and the tokens of the first `shared` views, which are reconstructed too.
@@ -173,7 +173,7 @@ class Pretraining(nn.Module):
         student = self.student
         tokens = student.trunk(clip.images, drop_path=self.cfg.drop_path.clip)
         kept = Tokens(tokens.cls[:shared], tokens.patches[:shared], tokens.grid) if shared else None
-        image = student.clip_image(self._feel("clip", tokens))
+        image = student.clip_image(self._feel_tokens("clip", tokens))
         return image, student.clip_text(clip.texts()), kept
 
     def _contrast(self, image: Tensor, words: Tensor) -> Tensor:
@@ -205,23 +205,22 @@ class Pretraining(nn.Module):
 
         with torch.no_grad(), record_function("teacher"):
             trunk = cast(ViT, self.teacher["trunk"])
-            teacher = self._read(trunk(crops), masked, trunk)
+            teacher = self._width(trunk.read(crops, masked), trunk)
 
-        drop = self.cfg.drop_path.ssl
-        glob = self._feel("ssl", self.student.trunk(crops, masks=ssl.masks.flatten(0, 1), drop_path=drop))
-        parts = [self._read(glob, masked, self.student.trunk)]  # [2B + M, d]
+        trunk, drop = self.student.trunk, self.cfg.drop_path.ssl
+        glob = self._feel("ssl", trunk.read(crops, masked, ssl.masks.flatten(0, 1), drop))
+        parts = [glob]  # [2B + M, d]
         if len(ssl.local_crops):
-            local = self._feel("ssl", self.student.trunk(ssl.local_crops.flatten(0, 1), drop_path=drop))
-            parts.append(self._width(local.cls, self.student.trunk))
+            parts.append(self._feel("ssl", trunk.read(ssl.local_crops.flatten(0, 1), drop_path=drop)))
         # By shapes alone, which are those of all ranks: were every patch masked, would the logits be many?
         rows = n_global * batch + ssl.masks.numel() + len(ssl.local_crops) * batch
         many = rows * self.cfg.distil.prototypes > prototypes.LOGITS
         compare = self._compare_in_chunks if many else self._compare
-        dino, ibot, mean, single = compare(torch.cat(parts), teacher, ssl, teacher_temp)
+        dino, ibot, mean, single = compare(self._width(torch.cat(parts), trunk), teacher, ssl, teacher_temp)
         losses = {"dino": dino, "ibot": ibot}
         readings = {"teacher_entropy_mean": mean, "teacher_entropy_single": single}
         if self.cfg.weights.koleo > 0:
-            losses["koleo"] = torch.stack([koleo_loss(c) for c in glob.cls.chunk(n_global)]).mean()
+            losses["koleo"] = torch.stack([koleo_loss(c) for c in glob[: n_global * batch].chunk(n_global)]).mean()
         if self.cfg.distil.centering == "centering":
             readings["center_norm"] = self.center_cls.norm()
         return losses, readings
@@ -250,11 +249,6 @@ class Pretraining(nn.Module):
         dino = prototypes.dino_loss(crops, weight, cls_teacher, temp)
         ibot = prototypes.ibot_loss(patches, weight, patch_teacher, ssl.mask_weights, temp)
         return Compared(dino, ibot, *prototypes.teacher_entropies(cls_teacher))
-
-    def _read(self, tokens: Tokens, masked: Tensor, trunk: ViT) -> Float[Tensor, "rows d"]:
-        """Class tokens, then the patches at the masked places: what goes through the head."""
-        rows = torch.cat([tokens.cls, tokens.patches.flatten(0, 1)[masked]])
-        return self._width(rows, trunk)
 
     def _width(self, rows: Tensor, trunk: ViT) -> Tensor:
         """CLIP and self-distillation read before the bottleneck, or behind it where the configuration says so."""

@@ -61,6 +61,7 @@ def test_open_clip_is_not_imported():
 def test_published_arguments():
     tokenizer = get_tokenizer("ViT-B-32", 16, "/anywhere", bpe_path=None, additional_special_tokens=None)
     assert tokenizer.context_length == 16
+    assert get_tokenizer(context_length=0, additional_special_tokens=[], reduction_mask="").context_length == 77
     with pytest.raises(ValueError, match="additional_special_tokens=.*another tokenizer than the models'"):
         get_tokenizer(additional_special_tokens=["<x>"])
 
@@ -68,6 +69,8 @@ def test_published_arguments():
 def test_bad_input(monkeypatch):
     with pytest.raises(ValueError, match="context_length=1"):
         get_tokenizer(context_length=1)
+    with pytest.raises(ValueError, match="context_length=1"):
+        get_tokenizer()("a photo", context_length=1)
     with pytest.raises(ValueError, match="clean='upper'"):
         get_tokenizer(clean="upper")
     tokenizers._vocabulary.cache_clear()

@@ -39,17 +39,23 @@ def get_tokenizer(
 
     Args:
         model_name, cache_dir: any; kept for callers of the published function.
-        context_length: tokens of a row, 77 where not given.
+        context_length: tokens of a row, 77 where not given or 0.
         clean: "lower" or "whitespace", which keeps the case.
-        kwargs: the published function's others, such as bpe_path and additional_special_tokens, only as None.
+        kwargs: the published function's others, such as bpe_path and additional_special_tokens, only as none of them.
 
     Raises:
         ValueError: a value that would make another tokenizer.
     """
-    other = next((name for name, value in kwargs.items() if value is not None), None)
+    other = next((name for name, value in kwargs.items() if value), None)
     if other is not None:
         raise ValueError(f"{other}={kwargs[other]!r} would make another tokenizer than the models'; leave it out")
-    return Tokenizer(77 if context_length is None else context_length, clean)
+    return Tokenizer(context_length or 77, clean)
+
+
+def _check(context_length: int) -> int:
+    if context_length < 2:
+        raise ValueError(f"context_length={context_length} does not hold the start and end tokens; at least 2")
+    return context_length
 
 
 class Tokenizer:
@@ -60,8 +66,7 @@ class Tokenizer:
     vocab_size = MERGES + 514
 
     def __init__(self, context_length: int = 77, clean: str = "lower") -> None:
-        if context_length < 2:
-            raise ValueError(f"context_length={context_length} does not hold the start and end tokens; at least 2")
+        _check(context_length)
         if clean not in ("lower", "whitespace"):
             raise ValueError(f"clean={clean!r} is unknown; 'lower' or 'whitespace'")
         _vocabulary()  # a missing file is an error here, not in a worker
@@ -70,7 +75,7 @@ class Tokenizer:
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Int[Tensor, "n l"]:
         """Ids of each text, cut to the context length with the end token last. One string is a list of one."""
-        length = self.context_length if context_length is None else context_length
+        length = self.context_length if context_length is None else _check(context_length)
         rows = torch.zeros(1 if isinstance(texts, str) else len(texts), length, dtype=torch.long)
         for row, text in zip(rows, [texts] if isinstance(texts, str) else texts, strict=True):
             ids = [self.sot_token_id, *self.encode(text)[: length - 2], self.eot_token_id]

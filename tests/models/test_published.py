@@ -22,7 +22,7 @@ from vtp.files import file_sha256
 from vtp.models.diffusers_vae import AutoencoderVTP
 from vtp.models.latent_stats import ChannelStats, write_stats
 from vtp.models.published import add_evidence, open_tokenizer, published_stats, write_card
-from vtp.models.vtp_hf import VTPModel
+from vtp.models.vtp_hf import VTPConfig, VTPModel
 from vtp.models.vtp_hf_processing import VTPImageProcessor
 
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -161,6 +161,22 @@ def test_a_card_is_called_after_the_run_or_the_repository(run):
 def test_a_path_that_is_not_there_is_named():
     with pytest.raises(FileNotFoundError, match="no folder /nope/tokenizer: it should hold config.json and model.saf"):
         VTPModel.from_pretrained("/nope/tokenizer")
+
+
+def test_a_folder_without_configuration_or_with_another_models_is_no_tokenizer(tmp_path):
+    small().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace('"vtp"', '"clip"'))
+    for load in (VTPModel.from_pretrained, VTPConfig.from_pretrained):
+        with pytest.raises(ValueError, match=f"{file} is of a model of type 'clip', not 'vtp'"):
+            load(tmp_path)
+    file.unlink()
+    for load in (VTPModel.from_pretrained, VTPConfig.from_pretrained):
+        with pytest.raises(FileNotFoundError, match=f"no config.json in {tmp_path}: a tokenizer's folder holds it and"):
+            load(tmp_path)
+        with pytest.raises(FileNotFoundError, match=f"no config.json in {tmp_path.parent}/{tmp_path.name}"):
+            load(tmp_path.parent, subfolder=tmp_path.name)
+    assert VTPModel.from_pretrained(tmp_path, config=small().config).config.vision_depth
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027])

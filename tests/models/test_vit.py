@@ -98,23 +98,32 @@ def test_forward_intermediates_takes_timms_names():
         assert torch.equal(maps, trunk.forward_intermediates(images, 1, intermediates_only=True)[0])
 
 
-def test_images_of_another_shape_are_told_what_is_wanted():
+def test_inputs_of_another_shape_are_told_what_is_wanted():
     """In a process of its own: here annotations are checked, and would object first."""
     code = (
         "import torch\n"
-        "from vtp.models.config import ViTConfig\n"
-        "from vtp.models.vit import ViT\n"
-        "trunk = ViT(ViTConfig(patch_size=4, embed_dim=16, depth=1, num_heads=2), 'fp32')\n"
-        "for shape in ([1, 1, 8, 8], [3, 8, 8], [1, 3, 3, 8]):\n"
+        "from tests.tiny import tiny_model\n"
+        "from vtp.models.vtp_hf import VTPConfig, VTPModel\n"
+        "model = VTPModel(VTPConfig.from_model_config(tiny_model(patch=4)))\n"
+        "for function, wrong in (\n"
+        "    *((model.trunk, torch.zeros(shape)) for shape in ([1, 1, 8, 8], [3, 8, 8], [1, 3, 3, 8])),\n"
+        "    (model.trunk, torch.zeros(1, 3, 8, 8, dtype=torch.uint8)),\n"
+        "    (model.get_latents_decoded_images, torch.zeros(2, 5, 4, 4)),\n"
+        "    (model.get_clip_text_feature, torch.zeros(4, dtype=torch.int64)),\n"
+        "):\n"
         "    try:\n"
-        "        trunk(torch.zeros(shape))\n"
+        "        function(wrong)\n"
         "    except ValueError as error:\n"
         "        print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    one, flat, small = done.stdout.splitlines()
-    assert one.startswith("images of shape [1, 1, 8, 8]: give [b, 3, H, W]") and flat.startswith("images of shape [3,")
+    grey, flat, small, whole, latents, text = done.stdout.splitlines()
+    assert grey.startswith("images of shape [1, 1, 8, 8], torch.float32: give [b, 3, H, W]")
+    assert flat.startswith("images of shape [3, 8, 8]")
     assert small == "images of (3, 8) pixels hold no whole patch of 4 x 4"
+    assert "torch.uint8: give" in whole and whole.endswith("ImageNet-normalised floats")
+    assert latents == "latents of shape [2, 5, 4, 4]: give [b, 8, h, w]"
+    assert text == "text of shape [4]: give token ids [texts, tokens], 1 to 24 tokens each, as the tokenizer does"
 
 
 @pytest.mark.parametrize("indices", [0, 4, [3], [0, -4], []])

@@ -51,6 +51,8 @@ class PixelDecoder(nn.Module):
         self.proj_out = Pointwise(dim, 3 * patch_size**2)
 
     def forward(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+        if latents.ndim != 4 or latents.shape[1] != self.proj_in.in_channels:
+            raise ValueError(f"latents of shape {list(latents.shape)}: give [b, {self.proj_in.in_channels}, h, w]")
         rows, columns = latents.shape[-2:]
         x = self.proj_in(latents.flatten(2).mT)  # [b, n, d]
         x = x.to(self.proj_in.weight.dtype)  # the residual stream stays float32 under autocast, as in the trunk

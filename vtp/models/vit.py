@@ -184,9 +184,10 @@ class ViT(nn.Module):
     def _embed(
         self, images: Float[Tensor, "b 3 H W"], masks: Bool[Tensor, "b n"] | None
     ) -> tuple[Float[Tensor, "b t d"], tuple[int, int]]:
-        if images.ndim != 4 or images.shape[1] != 3:
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(
-                f"images of shape {list(images.shape)}: give [b, 3, H, W], three colours, ImageNet-normalised"
+                f"images of shape {list(images.shape)}, {images.dtype}: give [b, 3, H, W], three colours,"
+                " ImageNet-normalised floats"
             )
         if min(images.shape[2:]) < self.patch_size:
             p = self.patch_size

@@ -52,6 +52,24 @@ class VTPConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As transformers reads config.json; but none, and another model's, are not the default configuration.
+
+        Raises:
+            FileNotFoundError: no configuration there.
+            ValueError: that of another kind of model.
+        """
+        found, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        place = "/".join(str(part) for part in (pretrained_model_name_or_path, kwargs.get("subfolder")) if part)
+        if not found:
+            raise FileNotFoundError(f"no config.json in {place}: a tokenizer's folder holds it and {WEIGHTS}")
+        if found.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(f"{place}/config.json is of a model of type {found['model_type']!r}, not {cls.model_type!r}")
+        return found, unused
+
+    @classmethod
     def from_model_config(cls, config: ModelConfig) -> VTPConfig:
         """The flat form of a typed configuration."""
         return cls(**_flatten(config))
@@ -259,9 +277,12 @@ class VTPModel(PreTrainedModel):
     def clip_text(self, texts: Sequence[Int[Tensor, "_ _"]], normalize: bool = True) -> Float[Tensor, "b *l t"]:
         """The text features, in their order, of texts in groups of one length each (padding included)."""
         self._require("train_clip")
-        longest = max(text.shape[1] for text in texts)
-        if longest > self.text.context_length:
-            raise ValueError(f"text of {longest} tokens; the model reads at most {self.text.context_length}")
+        for text in texts:
+            if text.ndim != 2 or not 1 <= text.shape[1] <= self.text.context_length:
+                raise ValueError(
+                    f"text of shape {list(text.shape)}: give token ids [texts, tokens], 1 to"
+                    f" {self.text.context_length} tokens each, as the tokenizer does"
+                )
         # One look-up for all groups: each has a gradient as large as the whole embedding.
         tokens = self.token_embedding(torch.cat([text.flatten() for text in texts])).split([t.numel() for t in texts])
         embedded = [

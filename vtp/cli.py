@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `vtp` and `python -m vtp`. A mistake of the user's is one line on stderr and exit code 2."""
-    args = _parser().parse_args(argv)
+    try:
+        _run(_parser().parse_args(argv))
+    except KeyboardInterrupt:
+        print("vtp: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _run(args: argparse.Namespace) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers fork after the tokenizer was used
     if args.run is not publish:  # an upload is worth a bar; opening a file of our own is not
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -34,9 +41,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
         print(f"vtp{'' if rank == '0' else f' (rank {rank})'}: {text}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("vtp: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -463,6 +463,19 @@ def test_a_run_stops_when_too_much_is_broken(tmp_path, workers):
     patient.close()
 
 
+def test_a_run_stops_when_most_shards_are_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr("vtp.data.shards.RETRY_AFTER", ())
+    for s in range(8):
+        write_tar(tmp_path / f"{s}.tar", [(f"{s}_{i}.jpg", picture(i)) for i in range(10)])
+    source = open_source(str(tmp_path))
+    for s in range(6):
+        (tmp_path / f"{s}.tar").unlink()
+    stream = loader(source, BatchConfig(clip=0, ssl=0, rec=5))
+    with pytest.raises(ConfigError, match="lost with a shard"):
+        for _ in range(30):
+            next(stream)
+
+
 def test_one_bad_shard_of_many_does_not_stop_a_run(tmp_path):
     for s in range(20):
         members = [(f"{s}_{i}.jpg", b"" if s in (3, 11) else picture(i)) for i in range(30)]

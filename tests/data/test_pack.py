@@ -141,3 +141,29 @@ def test_a_pack_of_data_that_has_changed_is_refused(folder, tmp_path):
     (folder / "a" / "0.jpg").unlink()
     with pytest.raises(ConfigError, match="data that has changed since .source: .* -> .*choose another --out"):
         pack(str(folder), out, shard_size=7)
+
+
+FULL = """
+import resource, sys
+from vtp import cli
+from vtp.data import pack
+
+fill = pack._fill
+
+def on_a_full_disk(*args):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, resource.RLIM_INFINITY))
+    return fill(*args)
+
+pack._fill = on_a_full_disk  # in the workers as well: this is their main module
+if __name__ == "__main__":
+    cli.main(["data", "pack", sys.argv[1], "--out", sys.argv[2]])
+"""
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(folder, tmp_path):
+    (tmp_path / "full.py").write_text(FULL)
+    command = [sys.executable, str(tmp_path / "full.py"), str(folder), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.strip().splitlines()[-1] == f"vtp: {tmp_path}/out/.00000.tar.partial: File too large"
+    assert not list((tmp_path / "out").glob("*.tar")) and not list((tmp_path / "out").glob(".*.partial"))

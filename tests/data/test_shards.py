@@ -6,6 +6,7 @@ import tarfile
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -113,6 +114,31 @@ def test_a_file_that_vanished_is_left_out(folder):
     assert source.report["broken shard"] == 1
 
 
+def test_a_command_that_hangs_or_fails_is_ended_and_left_out(folder, tmp_path, caplog):
+    hangs = f"pipe:head -c 14000 {folder}/1.tar; sleep 1000 & echo $$ $! >> {tmp_path}/pids; wait"
+    fails = f"pipe:head -c 14000 {folder}/2.tar; exit 3"
+    for url, reason in ((hangs, "wrote nothing for 0.5 s"), (fails, "ended with exit status 3")):
+        source = open_source(url)
+        caplog.clear()
+        keys = [raw.key for raw in everything(source)]
+        assert keys and source.report["broken shard"] == 1
+        said = f"{url} is left out behind its first {len(keys)} samples: the command {reason}"
+        everything(source)
+        assert caplog.messages == [said]  # once
+    pids = (tmp_path / "pids").read_text().split()
+    assert len(pids) > 6
+    for pid in pids:  # neither the shell nor what it started lives on
+        state = Path(f"/proc/{pid}/stat")
+        assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_what_a_broken_shard_lacks_is_estimated(folder):
+    source = open_source(str(folder))
+    (folder / "1.tar").unlink()
+    everything(source)
+    assert source.report == {"samples": 18, "broken shard": 1, "lost with a shard (estimated)": 9}
+
+
 def test_shards_on_s3(folder, monkeypatch):
     boto3 = pytest.importorskip("boto3", reason="boto3 is not installed")
     moto = pytest.importorskip("moto.server", reason="moto is not installed")
@@ -133,8 +159,21 @@ def test_shards_on_s3(folder, monkeypatch):
             client.upload_file(str(folder / f"{s}.tar"), "pictures", f"train/{s}.tar")
         source = open_source("s3://pictures/train/{0..2}.tar")
         assert [raw.key for raw in everything(source)] == KEYS and source.report == {"samples": 27}
+        with pytest.raises(ConfigError, match="no pictures in s3://pictures/typo"):
+            open_source("s3://pictures/typo/{0..2}.tar")
         client.delete_object(Bucket="pictures", Key="train/1.tar")
         assert len(everything(source)) == 18 and source.report["broken shard"] == 1
+        running.stop()
+        source.report.clear()
+        assert everything(source) == [] and source.report["broken shard"] == 3  # left out, not a traceback
+        shards._s3.cache_clear()
+        monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # which remembers the key
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        monkeypatch.setenv("HOME", str(folder))
+        with pytest.raises(ConfigError, match="s3://pictures/train/0.tar: no credentials; set AWS_ACCESS_KEY_ID"):
+            open_source("s3://pictures/train/{0..2}.tar")
     finally:
         running.stop()
         shards._s3.cache_clear()

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from vtp.config import ConfigError
+from vtp.data import shards
 from vtp.data.scenes import CLASSES
 from vtp.data.sources import CLASS_TEMPLATES, Source, counts, left_out, open_source
 
@@ -220,6 +221,59 @@ def test_names_that_lead_out_of_their_place_are_left_out(tmp_path):
     source = open_source(str(folder))
     assert [raw.key for raw in everything(source)] == ["in.jpg"]
     assert source.report == {"samples": 3, "unsafe name": 2}
+
+
+def test_links_devices_and_files_of_absurd_size_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MAX_BYTES", 1_000)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, kind in (("folder", tarfile.DIRTYPE), ("out.jpg", tarfile.SYMTYPE), ("pipe.jpg", tarfile.FIFOTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+        for name, data in (("a.jpg", picture(0)), ("a.json", b" " * 1_001), ("b.jpg", b"x" * 1_001)):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    source = open_source(str(tmp_path / "a.tar"))
+    assert [raw.key for raw in everything(source)] == ["a"]
+    assert source.report == {"samples": 1, "link or device": 2, "file too large": 2}
+    (tmp_path / "a.tar").unlink()
+    (tmp_path / "a.jpg").write_bytes(picture(0))
+    (tmp_path / "b.jpg").write_bytes(b"x" * 1_001)
+    source = open_source(str(tmp_path))
+    assert [raw.key for raw in everything(source)] == ["a.jpg"] and source.report["file too large"] == 1
+
+
+def test_a_link_to_the_folder_that_holds_it_is_not_followed(tmp_path):
+    (tmp_path / "set" / "in").mkdir(parents=True)
+    (tmp_path / "set" / "in" / "a.jpg").write_bytes(picture(0))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.jpg").write_bytes(picture(1))
+    (tmp_path / "set" / "in" / "loop").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert [raw.key for raw in everything(open_source(str(tmp_path / "set")))] == ["in/a.jpg", "linked/b.jpg"]
+
+
+def test_a_file_with_braces_in_its_name(tmp_path):
+    write_tar(tmp_path / "br{1..2}ace.tar", [("a.jpg", picture(0))])
+    assert len(everything(open_source(str(tmp_path / "br{1..2}ace.tar")))) == 1
+
+
+@pytest.mark.parametrize("fault", ["gone", "cut"])
+def test_a_file_of_a_hub_set_that_breaks_is_left_out(tmp_path, fault, caplog):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    columns = {"image": [{"bytes": picture(i), "path": None} for i in range(12)], "text": ["t"] * 12}
+    rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    files = [tmp_path / f"train-{i:05d}-of-00003.parquet" for i in range(3)]
+    for i, file in enumerate(files):
+        rows.shard(3, i, contiguous=True).to_parquet(str(file))
+    source = open_source(f"hf:{tmp_path}")
+    if fault == "gone":
+        files[1].unlink()
+    else:
+        files[1].write_bytes(files[1].read_bytes()[:-100])
+    assert len(everything(source)) == 8 and source.report == {"samples": 8, "broken shard": 1}
+    assert f"hf:{tmp_path}, file 1 is left out behind its first 0 samples" in caplog.text
 
 
 def test_a_key_that_comes_again_is_counted(tmp_path):

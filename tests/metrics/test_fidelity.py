@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vtp.metrics import fidelity
 from vtp.metrics.fidelity import psnr, ssim
 
 
@@ -49,6 +50,14 @@ def test_ssim_equals_the_loop():
     want = torch.stack([slow_ssim(a, b) for a, b in zip(x.double(), y.double(), strict=True)])
     torch.testing.assert_close(ssim(x, y).double(), want, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(ssim(x, x), torch.ones(2))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 16])
+def test_ssim_in_bands_is_that_of_the_whole(monkeypatch, rows):
+    x, y = images(b=2, side=16)
+    whole = ssim(x, y)
+    monkeypatch.setattr(fidelity, "BAND", rows * 2 * 16)
+    torch.testing.assert_close(ssim(x, y), whole)
 
 
 @pytest.mark.parametrize("metric", [psnr, ssim])

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vtp.config import ConfigError
 from vtp.data.decode import BadImage
-from vtp.data.sources import Raw, Source, left_out
+from vtp.data.sources import LOST, Raw, Source, left_out
 from vtp.images import center_crop
 
 COLUMNS, ROWS, TILE, LINE, GAP = 8, 5, 160, 18, 8  # of the contact sheet; pixels
@@ -83,7 +83,7 @@ def inspect(
         "usable": len(sizes),
         "whole": limit is None or source.report["samples"] < limit,
         "left_out": dict(broken_by.most_common()),
-        "kept": {reason: n for reason, n in source.report.items() if reason != "samples" and reason not in broken_by},
+        "kept": {reason: n for reason, n in source.report.items() if reason not in ("samples", LOST, *broken_by)},
         "broken": broken,
         "repeated": repeats,
         "repeats": repeated,

@@ -25,7 +25,7 @@ from vtp import dist
 from vtp.config import ConfigError
 from vtp.data.batches import Batch, Tokenizer, build
 from vtp.data.order import BATCH, Cursor, Layout, Place, positions
-from vtp.data.sources import Raw, Source, fingerprint, head, left_out
+from vtp.data.sources import LOST, Raw, Source, fingerprint, head, left_out
 from vtp.data.views import BatchConfig, ViewsConfig, check
 
 log = logging.getLogger(__name__)
@@ -129,11 +129,12 @@ class Loader:
     def _check_share(self) -> None:
         """Over all workers: a single one may have begun with the one bad shard of many."""
         report = self.report
-        broken = left_out(report)
-        if broken.total() >= 20 and broken.total() > self._max_broken * report["samples"]:
+        broken = left_out(report) + Counter({LOST: report[LOST]})
+        samples = report["samples"] + report[LOST]
+        if broken.total() >= 20 and broken.total() > self._max_broken * samples:
             reasons = ", ".join(f"{n} {reason}" for reason, n in broken.most_common())
             raise ConfigError(
-                f"{' and '.join(self._names)}: {broken.total()} of {report['samples']} samples cannot be used "
+                f"{' and '.join(self._names)}: {broken.total()} of {samples} samples cannot be used "
                 f"({reasons}), more than the share {self._max_broken} that a run bears; mend the data"
             )
 

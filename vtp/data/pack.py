@@ -135,7 +135,21 @@ def _shard(
     """Write samples `first` to `last` of the source as one shard."""
     source = open_source(data, annotations)
     source.report.clear()
-    partial, written = out / f".{number:05d}.tar.partial", 0
+    partial = out / f".{number:05d}.tar.partial"
+    try:
+        written = _fill(partial, source, first, last, counts)
+    except OSError as error:  # a full disk
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(partial)) from None
+    final = out / f"{number:05d}.tar"
+    partial.rename(final)
+    report = {"samples": written, "sha256": file_sha256(final), "left_out": left_out(source.report)}
+    _write(out / f"{number:05d}.json", json.dumps(report))
+
+
+def _fill(partial: Path, source: Source, first: int, last: int, counts: list[int] | None) -> int:
+    """Write the samples; how many they are."""
+    written = 0
     with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
         for i, raw in _slice(source, first, last, counts):
             try:
@@ -153,10 +167,7 @@ def _shard(
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
             written += 1
-    final = out / f"{number:05d}.tar"
-    partial.rename(final)
-    report = {"samples": written, "sha256": file_sha256(final), "left_out": left_out(source.report)}
-    _write(out / f"{number:05d}.json", json.dumps(report))
+    return written
 
 
 def _slice(source: Source, first: int, last: int, counts: list[int] | None) -> Iterator[tuple[int, Raw]]:

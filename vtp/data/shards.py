@@ -10,11 +10,13 @@ import glob
 import logging
 import os
 import re
+import selectors
+import signal
 import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,9 @@ from vtp.config import ConfigError
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 REMOTE = re.compile(r"^(pipe|https?|s3|gs|hf|ais|ftps|sftp|scp|file):")
 RETRY_AFTER = (1.0, 5.0, 25.0)  # seconds before each new try
-TIMEOUT = 60.0  # seconds without a byte from a server
-_PIPED = re.compile(r"^\(\(.*\), {.*?}\): ")  # how webdataset starts its words about a command
+TIMEOUT = 60.0  # seconds without a byte from a server or a command
+TRIED_FIRST = 3  # far shards, in which a first picture is looked for
+MAX_BYTES = 2**28  # of a file; a picture that may be decoded has less
 log = logging.getLogger(__name__)
 
 
@@ -40,7 +43,7 @@ def expand(data: str) -> list[str]:
     from webdataset.shardlists import expand_urls
 
     shards: list[str] = []
-    for url in expand_urls(data):
+    for url in [data] if os.path.isfile(os.path.expanduser(data)) else expand_urls(data):
         if REMOTE.match(url):
             shards.append(url)
             continue
@@ -74,8 +77,8 @@ def beside(shard: str, name: str) -> bytes | None:
             with _open(place) as stream:
                 return stream.read()
         except (OSError, HTTPException) as error:
-            if isinstance(error, FileNotFoundError) or (isinstance(error, HTTPError) and error.code < 500):
-                return None  # a server that says that there is none, or does not give it
+            if lasting(error):
+                return None
             if pause is None:
                 raise ConfigError(f"{place} cannot be asked for: {error}") from None
             time.sleep(pause)
@@ -87,14 +90,20 @@ def unsafe(name: str) -> bool:
     return ".." in name.split("/")
 
 
-def members(shard: str, report: Counter[str]) -> Iterator[dict[str, Any]]:
+def lasting(error: Exception) -> bool:
+    """Whether trying again soon is in vain: a server says that there is no such thing, or does not give it."""
+    refused = isinstance(error, HTTPError) and 400 <= error.code < 500 and error.code not in (408, 429)
+    return refused or isinstance(error, FileNotFoundError)
+
+
+def members(shard: str, report: Counter[str], *, patient: bool = True) -> Iterator[dict[str, Any]]:
     """Samples of a tar, {"__key__", suffix: bytes}; what is left out is counted.
 
     Of a name or a key that comes again the first one counts. A connection that breaks is tried again after
-    `RETRY_AFTER`, as is a file that cannot be opened; a local file that is cut short is not.
+    `RETRY_AFTER` if `patient`; what is not there, and a local file that is cut short, is not.
     """
     given = 0
-    for pause in (*RETRY_AFTER, None):
+    for pause in (*(RETRY_AFTER if patient else ()), None):
         counted: Counter[str] = Counter()
         try:
             for i, sample in enumerate(_samples(shard, counted)):
@@ -104,22 +113,26 @@ def members(shard: str, report: Counter[str]) -> Iterator[dict[str, Any]]:
             report.update(counted)
             return
         except (tarfile.TarError, OSError, EOFError, HTTPException) as error:
-            if pause is None or (isinstance(error, tarfile.TarError) and not REMOTE.match(shard)):
-                reason = _PIPED.sub("", str(error))
-                log.warning("%s is left out behind its first %d samples: %s", shard, given, reason)
+            if pause is None or lasting(error) or (isinstance(error, tarfile.TarError) and not REMOTE.match(shard)):
+                tell(shard, given, error)
                 report.update(counted)
                 report["broken shard"] += 1
                 return
             time.sleep(pause)
 
 
-def _samples(shard: str, report: Counter[str]) -> Iterator[dict[str, Any]]:
-    from webdataset.tariterators import group_by_keys, tar_file_iterator
+def tell(shard: str, given: int, error: Exception) -> None:
+    """Name what is left out and why, in one line, once in a process."""
+    _tell(shard, given, " ".join(str(error).split()))
 
-    def safe(name: str) -> bool:
-        if unsafe(name):
-            report["unsafe name"] += 1
-        return not unsafe(name)
+
+@cache  # an epoch says it, not each
+def _tell(shard: str, given: int, reason: str) -> None:
+    log.warning("%s is left out behind its first %d samples: %s", shard, given, reason)
+
+
+def _samples(shard: str, report: Counter[str]) -> Iterator[dict[str, Any]]:
+    from webdataset.tariterators import group_by_keys
 
     def duplicate(error: Exception) -> bool:
         if not isinstance(error, ValueError):  # anything but a file name that is there twice
@@ -130,14 +143,10 @@ def _samples(shard: str, report: Counter[str]) -> Iterator[dict[str, Any]]:
     keys: set[str] = set()
     with _open(shard) as stream:
         tail = _Tail(stream)
-        files = (
-            {**file, "__url__": shard, "fname": file["fname"].removeprefix("./")}  # as `tar cf x.tar .` writes names
-            for file in tar_file_iterator(tail, select_files=safe)
-        )
         held: dict[str, Any] | None = (
             None  # until the next one begins: where a stream breaks, files of a sample may lack
         )
-        for sample in group_by_keys(files, handler=duplicate):
+        for sample in group_by_keys(_files(tail, shard, report), handler=duplicate):
             if held is not None:
                 yield held
             held = None
@@ -153,6 +162,24 @@ def _samples(shard: str, report: Counter[str]) -> Iterator[dict[str, Any]]:
         yield held
 
 
+def _files(stream: Any, shard: str, report: Counter[str]) -> Iterator[dict[str, Any]]:
+    """Files of a tar as webdataset groups them; its own reader takes one of any size into memory."""
+    with tarfile.open(fileobj=stream, mode="r|*") as tar:
+        for info in tar:
+            tar.members = []  # type: ignore[attr-defined]  # or it would remember all of them
+            name = info.name.removeprefix("./")  # as `tar cf x.tar .` writes names
+            if info.isdir() or name.startswith("__"):  # a folder; what webdataset keeps for itself
+                continue
+            if not info.isreg():
+                report["link or device"] += 1
+            elif unsafe(name):
+                report["unsafe name"] += 1
+            elif info.size > MAX_BYTES:
+                report["file too large"] += 1
+            elif (file := tar.extractfile(info)) is not None:
+                yield {"fname": name, "data": file.read(), "__url__": shard}
+
+
 def _open(shard: str) -> Any:
     """A stream of a shard's bytes. webdataset's reader of https cannot time out, and it has none of s3."""
     if shard.startswith(("http://", "https://")):
@@ -160,14 +187,22 @@ def _open(shard: str) -> Any:
     if shard.startswith("s3://"):
         bucket, _, key = shard.removeprefix("s3://").partition("/")
         client = _s3(os.getpid())
+        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+
         try:
             return _Closing(client.get_object(Bucket=bucket, Key=key)["Body"])
-        except client.exceptions.ClientError as error:
-            missing = error.response["Error"]["Code"] in ("NoSuchKey", "404", "AccessDenied")
+        except ClientError as error:
+            missing = error.response["Error"]["Code"] in ("NoSuchKey", "NoSuchBucket", "404", "AccessDenied")
             raise (FileNotFoundError if missing else OSError)(f"{error}") from None
-    from webdataset.gopen import gopen
+        except NoCredentialsError:
+            raise ConfigError(f"{shard}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
+        except BotoCoreError as error:
+            raise OSError(f"{error}") from None
+    from webdataset.gopen import Pipe, gopen
 
-    return gopen(shard)
+    command = shard.removeprefix("pipe:")
+    stream = gopen(shard) if command == shard else Pipe(command, mode="rb", shell=True, start_new_session=True)
+    return _Output(stream) if isinstance(stream, Pipe) else stream
 
 
 @lru_cache(maxsize=1)
@@ -200,6 +235,44 @@ class _Closing:
 
     def __exit__(self, *_: object) -> None:
         self._body.close()
+
+
+class _Output:
+    """What a command writes. One that is silent for too long, or no longer read, is ended with all that it started."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._process, self._stream = pipe.proc, pipe.stream
+        self._pipe = pipe  # which waits for its command when nobody holds it
+        self._process, self._stream = pipe.proc, pipe.stream
+        self._ready = selectors.DefaultSelector()
+        self._ready.register(self._stream, selectors.EVENT_READ)
+
+    def read(self, n: int) -> bytes:
+        data = b""
+        while len(data) < n:
+            if not self._ready.select(TIMEOUT):
+                raise TimeoutError(f"the command wrote nothing for {TIMEOUT:g} s")
+            part = os.read(self._stream.fileno(), n - len(data))
+            if part:
+                data += part
+            elif data or (status := self._process.wait(TIMEOUT)) in self._pipe.ignore_status:
+                break
+            else:
+                raise OSError(f"the command ended with exit status {status}")
+        return data
+
+    def __enter__(self) -> _Output:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ready.close()
+        self._stream.close()
+        if self._process.poll() is None:
+            try:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            except ProcessLookupError:  # it leads no group
+                self._process.kill()
+        self._process.wait()
 
 
 class _Tail:

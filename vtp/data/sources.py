@@ -43,7 +43,8 @@ COLUMN_TEMPLATES = ("{}",)
 MAX_CLASSES = 1_000_000  # a larger number in a KEY.cls is none
 MAX_CAPTION = 2_000  # characters; far more than any text tower reads, and a page of text costs a worker its time
 # What a report counts without anything being left out.
-HARMLESS = frozenset({"samples", "caption cut", "caption not UTF-8", "broken json", "unknown class"})
+LOST = "lost with a shard (estimated)"
+HARMLESS = frozenset({"samples", LOST, "caption cut", "caption not UTF-8", "broken json", "unknown class"})
 SPLITS = frozenset(("train", "val", "valid", "validation", "test"))
 _SUFFIXES = frozenset(IMAGE_SUFFIXES)
 _WEIGHT = re.compile(r"\d+(\.\d+)?")
@@ -303,10 +304,15 @@ class FolderSource(_Alone):
         if shards.unsafe(key) or Path(key).is_absolute():
             self.report["unsafe name"] += 1
             return
+        file = Path(self.name).expanduser() / key
         try:
-            image = (Path(self.name).expanduser() / key).read_bytes()
+            large = file.stat().st_size > shards.MAX_BYTES
+            image = b"" if large else file.read_bytes()
         except OSError:
             self.report["unreadable file"] += 1
+            return
+        if large:
+            self.report["file too large"] += 1
             return
         folder = key.split("/", 1)[0] if "/" in key else None
         yield _sample(key, image, (), {}, folder, self._folders, self.table, self.report)
@@ -324,11 +330,13 @@ class TarSource(_Alone):
 
     def __post_init__(self) -> None:
         seen: Counter[str] = Counter()
-        first = next((m for shard in self.shards for m in shards.members(shard, seen) if m.keys() & _SUFFIXES), None)
+        tried = self.shards[: shards.TRIED_FIRST] if shards.REMOTE.match(self.shards[0]) else self.shards
+        begun = (m for i, shard in enumerate(tried) for m in shards.members(shard, seen, patient=i == 0))
+        first = next((m for m in begun if m.keys() & _SUFFIXES), None)
         if first is None:
             raise ConfigError(
                 f"no pictures in {self.name}: its shards should hold KEY.jpg|png|webp with KEY.txt|json|cls"
-                + (f"; {seen['broken shard']} could not be read" if seen["broken shard"] else "")
+                + (f"; of the first {len(tried)} could not be read: {n}" if (n := seen["broken shard"]) else "")
             )
         classed = "cls" in first or "/" in first["__key__"]
         names = shards.beside(self.shards[0], "classes.json") if classed else None
@@ -347,14 +355,27 @@ class TarSource(_Alone):
         words = self._folders.index or {name: i for i, name in enumerate(classes.get("class", ()))}
         self._words = {name: i for name, i in words.items() if not name.isdigit()}
         self.templates = _templates(self.classes)
+        self._whole = Counter[str]()  # shards read to their end, and samples in them
 
     def read(self, shard: str, size: int | None = None) -> Iterator[Raw]:
+        given, broken = 0, self.report["broken shard"]
+        for raw in self._read(shard):
+            given += 1
+            if raw is not None:
+                yield raw
+        if self.report["broken shard"] == broken:
+            self._whole.update(shards=1, samples=given)
+        elif lost := max(0, self._whole["samples"] // max(1, self._whole["shards"]) - given):
+            self.report[LOST] += lost
+
+    def _read(self, shard: str) -> Iterator[Raw | None]:
         for member in shards.members(shard, self.report):
             self.report["samples"] += 1
             image = next((member[s] for s in IMAGE_SUFFIXES if s in member), None)
             if image is None:
                 dotted = any(suffix.rpartition(".")[2] in _SUFFIXES for suffix in member)  # a key ends at the first dot
                 self.report["dots in its name" if dotted else "no picture"] += 1
+                yield None
                 continue
             captions: tuple[str, ...] = ()
             if "txt" in member:
@@ -423,7 +444,7 @@ class HubSource(_Alone):
             # By blocks, because an iteration by rows splits itself once more among a loader's workers.
             blocks = self._rows.shard(num_shards=len(self.shards), index=shard).iter(batch_size=16)
             rows = (dict(zip(block, row, strict=True)) for block in blocks for row in zip(*block.values(), strict=True))
-        for i, row in enumerate(rows):
+        for i, row in enumerate(self._to_its_end(shard, rows)):
             self.report["samples"] += 1
             picture, key = row[self._image], f"{shard:07d}" if self.random_access else f"{shard:05d}_{i:07d}"
             if picture is None:
@@ -439,6 +460,17 @@ class HubSource(_Alone):
             labels = {label: row[column] for label, column in self._columns.items() if row[column] not in (None, -1)}
             key = str(row.get("key", key))
             yield _sample(key, data, _captions(row), labels, None, self._folders, self.table, self.report)
+
+    def _to_its_end(self, shard: int, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The rows, up to where a file is broken or gone; the library has tried the hub again by then."""
+        given = 0
+        try:
+            for row in rows:
+                given += 1
+                yield row
+        except (OSError, ValueError) as error:  # of files and connections; of pyarrow
+            shards.tell(f"{self.name}, file {shard}", given, error)
+            self.report["broken shard"] += 1
 
 
 @dataclass
@@ -573,9 +605,15 @@ def _text(data: bytes, report: Counter[str]) -> str:
 
 
 def _images(root: Path) -> Iterator[str]:
-    """Relative paths of the picture files under a folder; hidden files are none of them."""
+    """Relative paths of the picture files under a folder; hidden files are none of them. Links to folders are followed,
+    but not to one that holds the link."""
     for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = [s for s in subfolders if not s.startswith(".")]
+        above = os.path.realpath(folder)
+        subfolders[:] = [
+            s
+            for s in subfolders
+            if not s.startswith(".") and not f"{above}/".startswith(f"{os.path.realpath(os.path.join(folder, s))}/")
+        ]
         for name in files:
             if name.lower().endswith(tuple(f".{s}" for s in IMAGE_SUFFIXES)) and not name.startswith("."):
                 yield (Path(folder) / name).relative_to(root).as_posix()

@@ -320,7 +320,9 @@ def table(result: dict[str, Any]) -> Table:
     from rich.markup import escape
     from rich.table import Column, Table
 
-    shown = Table(Column("file", overflow="fold"), "size", "done", "PSNR dB", "SSIM", Column("written", overflow="fold"))
+    shown = Table(
+        Column("file", overflow="fold"), "size", "done", "PSNR dB", "SSIM", Column("written", overflow="fold")
+    )
     for row in result["pictures"]:
         decibels = "exact" if row["psnr"] is None else f"{row['psnr']:.2f}"
         similarity = "too small" if row["ssim"] is None else f"{row['ssim']:.4f}"

@@ -66,7 +66,9 @@ class VTPConfig(PretrainedConfig):
         if not found:
             raise FileNotFoundError(f"no config.json in {place}: a tokenizer's folder holds it and {WEIGHTS}")
         if found.get("model_type", cls.model_type) != cls.model_type:
-            raise ValueError(f"{place}/config.json is of a model of type {found['model_type']!r}, not {cls.model_type!r}")
+            raise ValueError(
+                f"{place}/config.json is of a model of type {found['model_type']!r}, not {cls.model_type!r}"
+            )
         return found, unused
 
     @classmethod

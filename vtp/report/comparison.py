@@ -53,8 +53,10 @@ def write_comparison(
     Raises:
         ConfigError: no such tokenizer or data, a tokenizer named twice, or no size that suits all.
     """
-    if len({folder.resolve() for folder in tokenizers}) < len(tokenizers):
-        raise ConfigError("a tokenizer is named twice")
+    folders = [folder.resolve() for folder in tokenizers]
+    twice = next((folder for folder in tokenizers if folders.count(folder.resolve()) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{twice} is named twice; name each tokenizer once")
     size = common_size(tokenizers, cfg.size)
     out.mkdir(parents=True, exist_ok=True)  # before the work: it may fail
     samples = read_held_out(data, cfg.annotations, size).samples

@@ -52,6 +52,18 @@ def test_autoencoder_kl(tmp_path):
     assert sum(codec.parameters.values()) == sum(p.numel() for p in model.parameters())
 
 
+def test_a_tokenizer_that_diffusers_saved(tmp_path):
+    from vtp.models.diffusers_vae import AutoencoderVTP
+
+    save_tokenizer(tmp_path / "tokenizer")
+    AutoencoderVTP.from_vtp(tmp_path / "tokenizer").save_pretrained(tmp_path / "vae")
+    ours, theirs = open_codec(tmp_path / "tokenizer", "cpu"), open_codec(tmp_path / "vae", "cpu")
+    assert (theirs.make.kind, theirs.make.size, theirs.make.patch) == ("AutoencoderVTP", 16, ours.make.patch)
+    images = torch.randn(2, 3, 16, 24)
+    assert torch.equal(theirs.reconstruct(images), ours.reconstruct(images))
+    assert theirs.parameters == ours.parameters
+
+
 @pytest.mark.parametrize("make", [save_tokenizer, save_autoencoder])
 def test_bf16_is_close_and_comes_back_in_float32(make, tmp_path):
     make(tmp_path)
@@ -87,4 +99,4 @@ def test_bad_folders_are_one_clear_error(tmp_path, monkeypatch):
     save_file(state, tmp_path / "kl/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     refused(tmp_path / "kl", "'encoder.conv_in.bias' is missing")
     monkeypatch.setitem(sys.modules, "diffusers", None)  # as where it is not installed
-    refused(tmp_path, "pip install diffusers")
+    refused(tmp_path, r"pip install 'vtp\[diffusers\]'")

@@ -155,6 +155,16 @@ def test_outputs_are_no_inputs_and_overwrite_none(tokenizer, tmp_path):
     with pytest.raises(ConfigError, match="would be overwritten"):
         reconstruct_files(tokenizer, [tmp_path / "a.png"], tmp_path, cfg=CFG)
     assert (tmp_path / "a.png").read_bytes() == before
+    with pytest.raises(ConfigError, match=f"no picture .* that is not in --out {tmp_path}; choose another --out"):
+        reconstruct_files(tokenizer, [tmp_path], tmp_path, cfg=CFG)
+
+
+@pytest.mark.parametrize("place", ["img.png", "strips/img.png"])
+def test_no_input_is_overwritten_by_that_of_another(tokenizer, tmp_path, place):
+    save(tmp_path / "in/img.jpg", 16, 16)
+    save(tmp_path / "out" / place, 16, 16)
+    with pytest.raises(ConfigError, match=f"{tmp_path}/out/{place} would be overwritten by a reconstruction"):
+        reconstruct_files(tokenizer, [tmp_path / "in/img.jpg", tmp_path / "out" / place], tmp_path / "out", cfg=CFG)
 
 
 @pytest.mark.parametrize("size", [(40, 64), (8, 104), (24, 24)])

@@ -56,6 +56,20 @@ def test_latents_and_images_are_the_tokenizers(folder):
     assert torch.equal(vae.decode(latents, return_dict=False)[0], images)
     assert torch.equal(vae.encode(2 * unit - 1, return_dict=False)[0].mode(), posterior.mode())
     assert torch.equal(vae(2 * unit - 1).sample, vae.decode(posterior.mode()).sample)
+    noisy = vae(2 * unit - 1, sample_posterior=True, generator=torch.Generator())
+    assert torch.equal(noisy.sample, vae.decode(posterior.mode()).sample)
+    assert posterior.std.eq(0).all() and posterior.kl().eq(0).all() and posterior.parameters.shape[1] == 16
+    vae.enable_slicing()
+    torch.testing.assert_close(vae.decode(latents).sample, images)
+    torch.testing.assert_close(vae.encode(2 * unit - 1).latent_dist.mode(), posterior.mode(), atol=2e-2, rtol=0)
+    vae.disable_slicing()
+    with pytest.raises(NotImplementedError, match="Tiling"):
+        vae.enable_tiling()
+
+
+def test_a_tokenizers_own_folder_is_read_by_from_vtp(folder):
+    with pytest.raises(ValueError, match="is a tokenizer's folder; use AutoencoderVTP.from_vtp"):
+        AutoencoderVTP.from_pretrained(folder)
 
 
 def test_constants_standardise(folder):

@@ -57,12 +57,15 @@ def test_reading_some_tokens_is_the_whole_pass_at_those(drop_path):
 def test_intermediate_features_are_those_on_the_way():
     trunk = ViT(SMALL).eval()
     images = torch.randn(1, 3, 8, 8)
-    first, last = trunk.intermediate(images, [2, 0])
-    torch.testing.assert_close(last, trunk(images))
-    assert not torch.allclose(first.patches, last.patches)
+    first, last = trunk.get_intermediate_layers(images, [2, 0], return_class_token=True)
+    cls, patches, grid = trunk(images)
+    torch.testing.assert_close(last, (patches, cls))
+    assert not torch.allclose(first[0], patches)
+    (maps,) = trunk.get_intermediate_layers(images, reshape=True)
+    torch.testing.assert_close(maps, patches.mT.unflatten(2, grid))
     for blocks in ([3], [-1], []):
         with pytest.raises(ValueError, match="not among 0 ... 2"):
-            trunk.intermediate(images, blocks)
+            trunk.get_intermediate_layers(images, blocks)
 
 
 def test_forward_intermediates_are_timms():

@@ -1,4 +1,4 @@
-"""Tokenizers of several makes behind one pair of functions: published VTP folders, and diffusers' AutoencoderKL."""
+"""Tokenizers of several makes behind one pair of functions: VTP folders, published or diffusers', and AutoencoderKL."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from vtp.engine.optim import Asked, Precision, inference, pick_device, pick_prec
 from vtp.images import from_symmetric, to_symmetric
 from vtp.models.published import check_tokenizer, open_tokenizer, reading, refuse_other_weights, where_instead
 
-WEIGHTS = {"VTP": "model.safetensors", "AutoencoderKL": "diffusion_pytorch_model.safetensors"}
+WEIGHTS = {
+    "VTP": "model.safetensors",
+    "AutoencoderVTP": "diffusion_pytorch_model.safetensors",
+    "AutoencoderKL": "diffusion_pytorch_model.safetensors",
+}
 
 
 class Make(NamedTuple):
@@ -65,6 +69,8 @@ def read_make(folder: Path) -> Make:
     if kind == "AutoencoderKL":
         # its sample_size is what a diffusion model was given, and often just the default
         return Make(kind, weights, None, 2 ** (len(config.get("block_out_channels", [64])) - 1))
+    if kind == "AutoencoderVTP":
+        return Make(kind, weights, config["tokenizer"]["image_size"], config["tokenizer"]["vision_patch_size"])
     known = check_tokenizer(folder)
     if not known.train_reconstruction:
         raise ConfigError(f"{folder} was trained with train_reconstruction=false: it has no decoder")
@@ -72,13 +78,13 @@ def read_make(folder: Path) -> Make:
 
 
 def open_codec(folder: Path, device: str = "auto", asked: Asked = "fp32") -> Codec:
-    """Open a published VTP folder, or a folder of diffusers' AutoencoderKL (latents: the mode of its posterior).
+    """Open a VTP folder, published or of AutoencoderVTP, or one of AutoencoderKL (latents: the mode of its posterior).
 
     Raises:
         ConfigError: as `read_make`, weights that are not the network's, or diffusers is not installed.
     """
     make = read_make(folder)
-    parts = _vtp(folder) if make.kind == "VTP" else _autoencoder_kl(folder)
+    parts = _autoencoder_kl(folder) if make.kind == "AutoencoderKL" else _vtp(folder, make.kind)
     here = pick_device(device)
     precision = pick_precision(asked, here)
     parts.model.eval().to(here)
@@ -95,8 +101,16 @@ class _Parts(NamedTuple):
     decoder: Sequence[nn.Module | None]
 
 
-def _vtp(folder: Path) -> _Parts:
-    model: Any = open_tokenizer(folder)
+def _vtp(folder: Path, kind: str) -> _Parts:
+    if kind == "AutoencoderVTP":
+        try:
+            from vtp.models.diffusers_vae import AutoencoderVTP
+        except ImportError as error:
+            raise ConfigError(f"{folder}: {error}") from None
+        with reading(folder):
+            model: Any = AutoencoderVTP.from_pretrained(folder).vtp
+    else:
+        model = open_tokenizer(folder)
     encode, decode = model.get_reconstruction_latents, model.get_latents_decoded_images
     return _Parts(model, encode, decode, [model.trunk], [model.pixel_decoder])
 
@@ -105,7 +119,7 @@ def _autoencoder_kl(folder: Path) -> _Parts:
     try:
         from diffusers import AutoencoderKL
     except ImportError:
-        raise ConfigError(f"{folder} is a diffusers AutoencoderKL: pip install diffusers") from None
+        raise ConfigError(f"{folder} is a diffusers AutoencoderKL: pip install 'vtp[diffusers]'") from None
     options: dict[str, Any] = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True}
     with reading(folder):
         loaded: Any = AutoencoderKL.from_pretrained(folder, **options)

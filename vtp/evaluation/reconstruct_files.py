@@ -79,9 +79,10 @@ def reconstruct_files(
     if tile is not None and (tile % patch or tile < 2 * patch):
         raise ConfigError(f"tile={tile}: choose a multiple of the patch of {patch} pixels, at least {2 * patch}")
     names = output_names(find_files(inputs, out))
-    clash = next((f for f, name in names.items() if f.resolve() == (out / f"{name}.png").resolve()), None)
+    written = {(folder / f"{name}.png").resolve() for name in names.values() for folder in (out, out / "strips")}
+    clash = next((f for f in names if f.resolve() in written), None)
     if clash is not None:
-        raise ConfigError(f"{clash} would be overwritten by its reconstruction; choose another --out")
+        raise ConfigError(f"{clash} would be overwritten by a reconstruction; choose another --out")
     skipped: dict[Path, BadImage] = {}
     digest = hashlib.sha256()
     pictures = _read(names, fit, patch, skipped, digest)
@@ -143,7 +144,11 @@ def find_files(inputs: Sequence[Path], out: Path) -> list[Path]:
         else:
             raise ConfigError(f"no file or folder {path}")
     if not found:
-        raise ConfigError(f"no picture ({', '.join(SUFFIXES)}) in {', '.join(map(str, inputs))}")
+        theirs = any(p.is_dir() and out.resolve() in (p.resolve(), *p.resolve().parents) for p in inputs)
+        raise ConfigError(
+            f"no picture ({', '.join(SUFFIXES)}) in {', '.join(map(str, inputs))}"
+            + (f" that is not in --out {out}; choose another --out" if theirs else "")
+        )
     return list(found)
 
 

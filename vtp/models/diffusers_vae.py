@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,40 +12,26 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vtp.images import from_symmetric, to_symmetric
-from vtp.models.published import open_tokenizer, published_stats
+from vtp.models.published import WEIGHTS, open_tokenizer, published_stats
 from vtp.models.vtp_hf import DEFAULTS, VTPConfig, VTPModel
 
 try:
     from diffusers.configuration_utils import ConfigMixin, register_to_config
-    from diffusers.models.autoencoders.vae import DecoderOutput
+    from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
     from diffusers.models.modeling_outputs import AutoencoderKLOutput
     from diffusers.models.modeling_utils import ModelMixin
 except ImportError as error:
     raise ImportError("AutoencoderVTP needs diffusers: pip install 'vtp[diffusers]'") from error
 
 
-class LatentPoint:
-    """The posterior of a tokenizer without noise: all its mass lies on one latent, so sample() is mode()."""
-
-    def __init__(self, latents: Float[Tensor, "b c h w"]) -> None:
-        self.mean = latents
-
-    def sample(self, generator: torch.Generator | None = None) -> Float[Tensor, "b c h w"]:
-        """The latents; the generator is not used."""
-        return self.mean
-
-    def mode(self) -> Float[Tensor, "b c h w"]:
-        """The latents."""
-        return self.mean
-
-
-class AutoencoderVTP(ModelMixin, ConfigMixin):  # type: ignore[misc]  # config_name differs
+class AutoencoderVTP(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[misc]  # config_name differs
     """Encoder and decoder of a tokenizer under diffusers' interface.
 
     Images are [b 3 H W] from -1 to 1, H and W multiples of the patch size. Latents are the tokenizer's own; a pipeline
     standardises them by the configuration, either per channel (`latents_mean`, `latents_std`: mean 0 and variance 1 in
     every channel) or all alike, (z - shift_factor) * scaling_factor. Without statistics the constants are 0 and 1, and
-    the lists None.
+    the lists None. `enable_slicing()` sends one image at a time through the network; there are no tiles
+    (`vtp reconstruct` makes them).
 
     Args:
         tokenizer: its published configuration, of a tokenizer without CLIP's parts.
@@ -70,6 +57,7 @@ class AutoencoderVTP(ModelMixin, ConfigMixin):  # type: ignore[misc]  # config_n
         block_out_channels: list[int] | None = None,
     ) -> None:
         super().__init__()
+        self.use_slicing = False
         self.vtp = VTPModel(VTPConfig(**tokenizer))
         patch, width = self.vtp.vision.patch_size, self.vtp.vision.embed_dim
         if block_out_channels is None and patch & (patch - 1) == 0:
@@ -108,27 +96,51 @@ class AutoencoderVTP(ModelMixin, ConfigMixin):  # type: ignore[misc]  # config_n
         vae.vtp.to(model.dtype)  # not vae.to: diffusers would warn of an empty list of modules to be kept in float32
         return vae.eval()
 
-    def encode(self, x: Float[Tensor, "b 3 H W"], return_dict: bool = True) -> AutoencoderKLOutput | tuple[LatentPoint]:
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As diffusers loads what `save_pretrained` wrote.
+
+        Raises:
+            ValueError: a tokenizer's folder, which `from_vtp` reads.
+        """
+        if (Path(pretrained_model_name_or_path) / kwargs.get("subfolder", "") / WEIGHTS).is_file():
+            raise ValueError(f"{pretrained_model_name_or_path} is a tokenizer's folder; use AutoencoderVTP.from_vtp")
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def encode(
+        self, x: Float[Tensor, "b 3 H W"], return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """The latents [b c H/patch W/patch] of images, as `.latent_dist.mode()`; a tuple of it without return_dict.
+
+        The posterior has no noise: sample() is mode().
 
         Raises:
             ValueError: sides that are not multiples of the patch size.
         """
-        point = LatentPoint(self._latents(x))
+        latents = torch.cat([self._latents(part) for part in self._slices(x)])
+        parameters = torch.cat([latents, torch.zeros_like(latents)], dim=1)
+        point = DiagonalGaussianDistribution(parameters, deterministic=True)
         return AutoencoderKLOutput(latent_dist=point) if return_dict else (point,)
 
     def decode(
         self, z: Float[Tensor, "b c h w"], return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Float[Tensor, "b 3 H W"]]:
         """The images of latents, as `.sample`, -1 to 1 but not clamped; a tuple of them without return_dict."""
-        images = to_symmetric(self.vtp.get_latents_decoded_images(z))
+        images = torch.cat([to_symmetric(self.vtp.get_latents_decoded_images(part)) for part in self._slices(z)])
         return DecoderOutput(sample=images) if return_dict else (images,)
 
     def forward(
-        self, sample: Float[Tensor, "b 3 H W"], return_dict: bool = True
+        self,
+        sample: Float[Tensor, "b 3 H W"],
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
     ) -> DecoderOutput | tuple[Float[Tensor, "b 3 H W"]]:
-        """Encode and decode."""
-        return self.decode(self._latents(sample), return_dict=return_dict)
+        """Encode and decode; what asks for noise changes nothing."""
+        return self.decode(self.encode(sample, return_dict=False)[0].mode(), return_dict=return_dict)
+
+    def _slices(self, x: Tensor) -> Sequence[Tensor]:
+        return x.split(1) if self.use_slicing else [x]
 
     def _latents(self, x: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
         patch = self.vtp.vision.patch_size

@@ -43,6 +43,7 @@ class ViT(nn.Module):
         super().__init__()
         dim = cfg.embed_dim
         self.patch_size = cfg.patch_size
+        self.embed_dim = dim
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.mask_token = nn.Parameter(torch.empty(1, dim))
         self.patch_embed = PatchEmbed(cfg.patch_size, dim)
@@ -109,18 +110,34 @@ class ViT(nn.Module):
             x = run(block, x, rope, drop_path)
         return self.norm(run(last, x, rope, drop_path, rows))
 
-    def intermediate(self, images: Float[Tensor, "b 3 H W"], blocks: Sequence[int], norm: bool = True) -> list[Tokens]:
-        """Features after each of the named blocks (counted from 0), in the order of the blocks.
+    def get_intermediate_layers(
+        self,
+        x: Float[Tensor, "b 3 H W"],
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
+        """Patch features of the last n blocks, or of the blocks n (from 0), in their order, as DINOv2 has it.
+
+        Args:
+            x: images, ImageNet-normalised.
+            reshape: maps [b d h w] instead of [b n d].
+            return_class_token: pair each with the class token [b d].
+            norm: apply the final norm.
 
         Raises:
             ValueError: a block that does not exist; negative numbers do not count from the end.
         """
-        if not blocks or not set(blocks) <= set(range(len(self.blocks))):
-            raise ValueError(f"blocks {list(blocks)} are not among 0 ... {len(self.blocks) - 1}")
-        embedded, grid = self._embed(images, None)
+        depth = len(self.blocks)
+        blocks = range(depth - n, depth) if isinstance(n, int) else n
+        if not blocks or not set(blocks) <= set(range(depth)):
+            raise ValueError(f"blocks {list(blocks)} are not among 0 ... {depth - 1}")
+        embedded, grid = self._embed(x, None)
         outputs = enumerate(self._each_block(embedded, grid, max(blocks) + 1))
-        taken = [self.norm(x) if norm else x for i, x in outputs if i in blocks]
-        return [Tokens(y[:, 0], y[:, 1:], grid) for y in taken]
+        taken = [self.norm(h) if norm else h for i, h in outputs if i in blocks]
+        patches = [h[:, 1:].mT.unflatten(2, grid) if reshape else h[:, 1:] for h in taken]
+        return tuple(zip(patches, (h[:, 0] for h in taken), strict=True)) if return_class_token else tuple(patches)
 
     def forward_intermediates(
         self,
@@ -132,7 +149,7 @@ class ViT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Final and intermediate features under the names, defaults and meanings of timm's arguments.
+        """Final and intermediate features under the names, defaults and meanings of these arguments of timm's.
 
         Args:
             x: images, ImageNet-normalised.

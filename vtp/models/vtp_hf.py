@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
+import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -319,15 +320,8 @@ class VTPModel(PreTrainedModel):
         return_class_token: bool = False,
         norm: bool = True,
     ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
-        """Patch features of the last n blocks, or of the blocks n (from 0), before the bottleneck.
-
-        Returns:
-            One [b n d] a block, [b d h w] with reshape, each paired with the class token [b d] with return_class_token.
-        """
-        depth = len(self.trunk.blocks)
-        layers = self.trunk.intermediate(image, range(depth - n, depth) if isinstance(n, int) else n, norm)
-        maps = [t.patches.mT.unflatten(2, t.grid) if reshape else t.patches for t in layers]
-        return tuple(zip(maps, (t.cls for t in layers), strict=True)) if return_class_token else tuple(maps)
+        """Patch features of the last n blocks, or of the blocks n, before the bottleneck: see the trunk's method."""
+        return self.trunk.get_intermediate_layers(image, n, reshape, return_class_token, norm)
 
     def get_clip_image_feature(self, image: Float[Tensor, "b 3 H W"], normalize: bool = True) -> Float[Tensor, "b t"]:
         """Image features in the space shared with text; of length 1 with normalize."""
@@ -360,8 +354,14 @@ class VTPModel(PreTrainedModel):
         image: Float[Tensor, "a 3 H W"] | None = None,
         text: Int[Tensor, "b l"] | None = None,
         forward_type: str = "clip",
+        *,
+        pixel_values: Float[Tensor, "a 3 H W"] | None = None,
     ) -> dict[str, Tensor]:
-        """The published entry: "clip" (features, exp'ed logit_scale), "rec" (latents and images) or "feature"."""
+        """The published entry: "clip" (features, exp'ed logit_scale), "rec" (latents and images) or "feature".
+
+        `pixel_values` is the image under the name that an image processor gives it.
+        """
+        image = pixel_values if image is None else image
         if forward_type == "clip":
             out = {} if image is None else {"image_features": self.get_clip_image_feature(image)}
             out |= {} if text is None else {"text_features": self.get_clip_text_feature(text)}
@@ -438,4 +438,6 @@ def publish(model: VTPModel, folder: Path, weights: Mapping[str, Tensor] | None 
 
 AutoConfig.register("vtp", VTPConfig)
 AutoModel.register(VTPConfig, VTPModel)
-AutoImageProcessor.register(VTPConfig, slow_image_processor_class=VTPImageProcessor)
+# transformers 5 asks for the fast one first, and says so where there is none; 4 takes no class of another base for it.
+fast = VTPImageProcessor if transformers.__version__ >= "5" else None
+AutoImageProcessor.register(VTPConfig, slow_image_processor_class=VTPImageProcessor, fast_image_processor_class=fast)

@@ -194,11 +194,8 @@ def _pictures(originals: UInt8[ndarray, "n s s 3"], columns: Columns) -> str:
     def picture(pixels: UInt8[ndarray, "s s 3"], alt: str) -> str:
         return img(pixels, alt, limit=len(pixels), lossless=len(pixels))  # JPEG would add errors of its own
 
-    heads = "".join(
-        f'<th>{escape(name)}<br><span class="note">reconstruction</span></th>'
-        f'<th><br><span class="note">error, x {ERROR_GAIN}</span></th>'
-        for name in columns
-    )
+    names = "".join(f'<th colspan="2"><div>{escape(name)}</div></th>' for name in columns)
+    kinds = f'<td class="note">reconstruction</td><td class="note">error, x {ERROR_GAIN}</td>' * len(columns)
     body = ""
     for i, original in enumerate(originals):
         body += f"<tr><th>{picture(original, 'original')}</th>"
@@ -206,5 +203,5 @@ def _pictures(originals: UInt8[ndarray, "n s s 3"], columns: Columns) -> str:
             body += f"<td>{picture(made[i], name)}{decibels[i]:.1f} dB</td>"
             body += f"<td>{picture(error_map(original, made[i]), f'error of {name}')}</td>"
         body += "</tr>"
-    head = f"<thead><tr><th>original</th>{heads}</tr></thead>"
+    head = f'<thead><tr><th rowspan="2">original</th>{names}</tr><tr>{kinds}</tr></thead>'
     return f'<div class="scroll"><table class="side">{head}<tbody>{body}</tbody></table></div>'

@@ -89,6 +89,6 @@ def _page(summary: dict[str, Any], sheet: str) -> str:
         f"Data: {summary['data']}",
         f"<header><h1>{escape(summary['data'])}</h1></header>"
         f'<div class="scroll"><table class="figures"><tbody>{body}</tbody></table></div><h2>Pictures</h2>'
-        f'<div class="scroll">{sheet}</div>'
+        f'<div class="fit">{sheet}</div>'
         f"<details><summary>inspect.json</summary><pre>{escape(json.dumps(summary, indent=2))}</pre></details>",
     )

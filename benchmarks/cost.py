@@ -4,7 +4,8 @@
 
 A ViT of 192 x 6 with patch 16, text tower and decoder alike, fp32 on 2 threads (one a rank where there are two), all
 objectives. Around one setting (64 px, 8 images for each objective, 4 local crops of 32 px, 2,048 prototypes) one thing
-is changed at a time. All points are measured in three passes, each in a process of its own: seconds are those of the
+is changed at a time; micro-batches are those of 128 image-text pairs beside 8 images for the others, and not in the plot.
+All points are measured in three passes, each in a process of its own: seconds are those of the
 fastest of 3 x 12 steps (a shared machine is slow for a minute at a time), memory is what the steps add to the process's
 resident size before the first, the median of the three (Linux).
 """
@@ -20,13 +21,15 @@ import time
 
 from figures import watch_peak
 
-BASE = {"batch": 8, "image side": 64, "local crops": 4, "prototypes": 2048, "ranks": 1}
+MICRO, PAIRS = "micro-batch of 128 pairs", 128
+BASE = {"batch": 8, "image side": 64, "local crops": 4, "prototypes": 2048, "ranks": 1, MICRO: 0}
 SWEEPS = {
     "batch": (4, 8, 16, 32),
     "image side": (32, 64, 96, 128),
     "local crops": (0, 4, 8, 12),
     "prototypes": (2048, 8192, 32768, 65536),
     "ranks": (1, 2),
+    MICRO: (128, 32, 8),
 }
 LABELS = {
     "batch": "images for each objective, a rank",
@@ -64,7 +67,8 @@ def point(setting: dict[str, int]) -> None:
         model=ModelConfig(
             image_size=side, vision=ViTConfig(**shape), text=TextConfig(**shape), decoder=DecoderConfig(**shape)
         ),
-        batch=BatchConfig(clip=size, ssl=size, rec=size),
+        batch=BatchConfig(clip=PAIRS if setting[MICRO] else size, ssl=size, rec=size),
+        parallel=replace(cfg.parallel, micro_batch=setting[MICRO]),
         views=ViewsConfig(size=side, global_size=side, local_size=side // 2, local_crops=setting["local crops"]),
         distil=replace(cfg.distil, prototypes=setting["prototypes"], head_hidden=512, head_bottleneck=128),
     )
@@ -139,7 +143,7 @@ def main(argv: list[str]) -> None:
             record = {"name": f"joint step, {name} {value}", "value": round(seconds, 4), "unit": "s"}
             print(json.dumps(record | {"memory_mb": round(megabytes)}), flush=True)
     if argv:
-        draw(found, argv[0])
+        draw({name: rows for name, rows in found.items() if name in LABELS}, argv[0])
 
 
 if __name__ == "__main__":

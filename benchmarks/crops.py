@@ -26,7 +26,7 @@ from vtp.models.layers import Rope, SelfAttention, attention
 from vtp.models.rope import rotate
 from vtp.models.vit import ViT
 
-WIDTH, DEPTH, HEADS, PATCH, LOCAL_CROPS, THREADS, ROUNDS, WARM = 384, 12, 6, 16, 8, 2, 9, 3
+WIDTH, DEPTH, HEADS, PATCH, LOCAL_CROPS, THREADS, ROUNDS, WARM = 384, 12, 6, 16, 8, 2, 21, 3
 
 
 def attend_packed(layer: SelfAttention, x: Tensor, shapes: list[tuple[int, int]], ropes: list[Rope]) -> Tensor:

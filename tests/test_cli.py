@@ -1,5 +1,6 @@
 """What the command line makes of outputs that cannot be written: one line that names the place, for every command."""
 
+import errno
 import argparse
 
 import pytest
@@ -98,3 +99,14 @@ def test_an_error_that_is_about_no_file_is_not_hidden(inputs, tmp_path, monkeypa
     monkeypatch.setattr("vtp.models.export.export", broken)
     with pytest.raises(OSError, match="a socket"):
         main(["export", inputs["TOKENIZER"], "--out", str(tmp_path)])
+
+
+def test_a_full_disk_is_one_line(inputs, tmp_path, monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as a write fails, without a name
+
+    monkeypatch.setattr("vtp.models.export.export", broken)
+    with pytest.raises(SystemExit) as stop:
+        main(["export", inputs["TOKENIZER"], "--out", str(tmp_path)])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and said[-1] == "vtp: No space left on device while writing; make room and try again"

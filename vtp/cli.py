@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from vtp.recipes import DITS, PRETRAIN
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, what a file may hold; Python names no file then
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,10 +38,14 @@ def _run(args: argparse.Namespace) -> None:
     try:
         args.run(args)
     except (ConfigError, NonFiniteError, CheckpointError, OSError) as error:
-        if isinstance(error, OSError) and error.filename is None:  # not about a file: nothing that a user can mend
+        text = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"{error.filename}: {error.strerror}"
+        elif isinstance(error, OSError) and error.errno in FULL:
+            text = f"{error.strerror} while writing; make room and try again"
+        elif isinstance(error, OSError):  # not about a file: nothing that a user can mend
             raise
         rank = os.environ.get("RANK", "0")
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
         print(f"vtp{'' if rank == '0' else f' (rank {rank})'}: {text}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -4,7 +4,7 @@
 
 A ViT of 192 x 6 with patch 16, text tower and decoder alike, fp32 on 2 threads (one a rank where there are two), all
 objectives. Around one setting (64 px, 8 images for each objective, 4 local crops of 32 px, 2,048 prototypes) one thing
-is changed at a time; micro-batches are those of 128 image-text pairs beside 8 images for the others, and not in the plot.
+is changed at a time; micro-batches are of 128 image-text pairs beside 8 images for the others, not in the plot.
 All points are measured in three passes, each in a process of its own: seconds are those of the
 fastest of 3 x 12 steps (a shared machine is slow for a minute at a time), memory is what the steps add to the process's
 resident size before the first, the median of the three (Linux).

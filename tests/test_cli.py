@@ -1,7 +1,7 @@
 """What the command line makes of outputs that cannot be written: one line that names the place, for every command."""
 
-import errno
 import argparse
+import errno
 
 import pytest
 from PIL import Image

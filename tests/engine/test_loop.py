@@ -101,6 +101,24 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path
     assert last["step"] == 20 and last["images"] == 60
 
 
+def test_a_second_sigterm_does_not_end_the_last_save(tmp_path, monkeypatch):
+    waits, reached = checkpoint.Checkpoints.wait, []
+
+    def wait(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        waits(self)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: reached.append("the process"))
+    monkeypatch.setattr(checkpoint.Checkpoints, "wait", wait)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            train(Line(kill_at=3), Counting(), 20, 0, LOOP, tmp_path, "t")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stopped.value.code == 0 and not reached
+    assert checkpoint.complete(tmp_path / "checkpoints")[-1].name == "step_0000004"
+
+
 def test_another_seed_is_another_run(tmp_path):
     a, b = Line(), Line()
     train(a, Counting(), 6, 0, LOOP, tmp_path / "a", "t")

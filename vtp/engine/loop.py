@@ -203,7 +203,7 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
                 save(step + 1)
             if stop.agreed is not None:
                 break
-    checkpoints.wait()
+        checkpoints.wait()  # a second SIGTERM must not end the last save
     if stop.agreed is not None and step + 1 < steps:
         say(f"stopped at step {step + 1} of {steps}; the same command goes on from there")
         raise SystemExit(0 if stop.agreed == signal.SIGTERM else 130)

@@ -174,6 +174,19 @@ def test_shards_on_s3(folder, monkeypatch):
         monkeypatch.setenv("HOME", str(folder))
         with pytest.raises(ConfigError, match="s3://pictures/train/0.tar: no credentials; set AWS_ACCESS_KEY_ID"):
             open_source("s3://pictures/train/{0..2}.tar")
+        for name, value, words in (
+            ("AWS_ACCESS_KEY_ID", "half", "Partial credentials"),
+            ("AWS_ENDPOINT_URL", "localhost", "Invalid endpoint"),
+            ("AWS_PROFILE", "typo", "typo"),
+        ):
+            monkeypatch.setenv(name, value)
+            shards._s3.cache_clear()
+            monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+            with pytest.raises(ConfigError, match=f"s3://pictures/0.tar: .*{words}"):
+                open_source("s3://pictures/0.tar")
+            monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "whole")
+        with pytest.raises(ConfigError, match=r"http://\[bad/0.tar is no address"):
+            open_source("http://[bad/0.tar")
     finally:
         running.stop()
         shards._s3.cache_clear()

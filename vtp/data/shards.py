@@ -183,21 +183,12 @@ def _files(stream: Any, shard: str, report: Counter[str]) -> Iterator[dict[str, 
 def _open(shard: str) -> Any:
     """A stream of a shard's bytes. webdataset's reader of https cannot time out, and it has none of s3."""
     if shard.startswith(("http://", "https://")):
-        return urlopen(Request(shard, headers={"User-Agent": "vtp"}), timeout=TIMEOUT)
-    if shard.startswith("s3://"):
-        bucket, _, key = shard.removeprefix("s3://").partition("/")
-        client = _s3(os.getpid())
-        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
-
         try:
-            return _Closing(client.get_object(Bucket=bucket, Key=key)["Body"])
-        except ClientError as error:
-            missing = error.response["Error"]["Code"] in ("NoSuchKey", "NoSuchBucket", "404", "AccessDenied")
-            raise (FileNotFoundError if missing else OSError)(f"{error}") from None
-        except NoCredentialsError:
-            raise ConfigError(f"{shard}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
-        except BotoCoreError as error:
-            raise OSError(f"{error}") from None
+            return urlopen(Request(shard, headers={"User-Agent": "vtp"}), timeout=TIMEOUT)
+        except ValueError as error:
+            raise ConfigError(f"{shard} is no address: {error}") from None
+    if shard.startswith("s3://"):
+        return _open_s3(shard)
     from webdataset.gopen import Pipe, gopen
 
     command = shard.removeprefix("pipe:")
@@ -205,14 +196,31 @@ def _open(shard: str) -> Any:
     return _Output(stream) if isinstance(stream, Pipe) else stream
 
 
+def _open_s3(shard: str) -> Any:
+    try:
+        from botocore import exceptions as wrong
+    except ImportError:
+        raise ConfigError("reading s3:// needs boto3; pip install 'vtp[s3]'") from None
+    bucket, _, key = shard.removeprefix("s3://").partition("/")
+    try:
+        return _Closing(_s3(os.getpid()).get_object(Bucket=bucket, Key=key)["Body"])
+    except wrong.ClientError as error:
+        missing = error.response["Error"]["Code"] in ("NoSuchKey", "NoSuchBucket", "404", "AccessDenied")
+        raise (FileNotFoundError if missing else OSError)(f"{error}") from None
+    except wrong.NoCredentialsError:
+        raise ConfigError(f"{shard}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
+    except (wrong.ProfileNotFound, wrong.PartialCredentialsError, wrong.ParamValidationError, ValueError) as error:
+        raise ConfigError(f"{shard}: {' '.join(str(error).split())}") from None
+    except wrong.BotoCoreError as error:  # connections and time-outs
+        raise OSError(f"{error}") from None
+
+
 @lru_cache(maxsize=1)
 def _s3(process: int) -> Any:
     """One client a process: it must not be shared over a fork."""
-    try:
-        import boto3
-        from botocore.config import Config
-    except ImportError:
-        raise ConfigError("reading s3:// needs boto3; pip install 'vtp[s3]'") from None
+    import boto3
+    from botocore.config import Config
+
     return boto3.client("s3", config=Config(connect_timeout=TIMEOUT, read_timeout=TIMEOUT))
 
 

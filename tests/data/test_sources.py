@@ -10,7 +10,7 @@ from PIL import Image
 from vtp.config import ConfigError
 from vtp.data import shards
 from vtp.data.scenes import CLASSES
-from vtp.data.sources import CLASS_TEMPLATES, Source, counts, left_out, open_source
+from vtp.data.sources import CLASS_TEMPLATES, LOST, Source, counts, left_out, open_source
 
 
 def picture(i, suffix="JPEG"):
@@ -199,6 +199,12 @@ def test_json_is_read_as_far_as_it_can_be(tmp_path):
     assert source.report == {"samples": 2, "caption not UTF-8": 1, "broken json": 1}
 
 
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+    source = open_source(str(write_tar(tmp_path / "a.tar", [("a.jpg", picture(0)), ("a.txt", b"\xef\xbb\xbftext")])))
+    (raw,) = everything(source)
+    assert raw.captions == ("text",)
+
+
 def test_a_page_of_text_is_cut(tmp_path):
     words = b"word " * 20_000  # 100 kB
     source = open_source(str(write_tar(tmp_path / "a.tar", [("a.jpg", picture(0)), ("a.txt", words)])))
@@ -272,7 +278,7 @@ def test_a_file_of_a_hub_set_that_breaks_is_left_out(tmp_path, fault, caplog):
         files[1].unlink()
     else:
         files[1].write_bytes(files[1].read_bytes()[:-100])
-    assert len(everything(source)) == 8 and source.report == {"samples": 8, "broken shard": 1}
+    assert len(everything(source)) == 8 and source.report == {"samples": 8, "broken shard": 1, LOST: 4}
     assert f"hf:{tmp_path}, file 1 is left out behind its first 0 samples" in caplog.text
 
 

@@ -85,7 +85,10 @@ def positions(
                 yield raw, Place(epoch, *within, drawn)
             (first, skip), done = end, 0
         if empty:
-            raise ConfigError(f"{source.name}: an epoch gave no sample to loader process {stream} of {streams}")
+            raise ConfigError(
+                f"{source.name}: an epoch gave no sample to loader process {stream} of {streams}; "
+                "mend the data or use fewer workers"
+            )
         epoch, first, skip, done = epoch + 1, 0, 0, 0
 
 

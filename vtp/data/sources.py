@@ -363,10 +363,7 @@ class TarSource(_Alone):
             given += 1
             if raw is not None:
                 yield raw
-        if self.report["broken shard"] == broken:
-            self._whole.update(shards=1, samples=given)
-        elif lost := max(0, self._whole["samples"] // max(1, self._whole["shards"]) - given):
-            self.report[LOST] += lost
+        _ended(given, self.report["broken shard"] == broken, self._whole, self.report)
 
     def _read(self, shard: str) -> Iterator[Raw | None]:
         for member in shards.members(shard, self.report):
@@ -393,6 +390,14 @@ class TarSource(_Alone):
             key = member["__key__"]
             folder = key.split("/")[-2] if "/" in key else None
             yield _sample(key, image, captions, labels, folder, self._folders, self.table, self.report)
+
+
+def _ended(given: int, well: bool, whole: Counter[str], report: Counter[str]) -> None:
+    """A shard gave its last sample: count it among the whole ones, or what it lacks of their mean as lost."""
+    if well:
+        whole.update(shards=1, samples=given)
+    elif lost := max(0, whole["samples"] // max(1, whole["shards"]) - given):
+        report[LOST] += lost
 
 
 @dataclass
@@ -436,6 +441,7 @@ class HubSource(_Alone):
         self.classes = ({} if self.table is None else self.table.classes) | classes
         self.templates = _templates(self.classes)
         self._folders = Folders({}, {"class": classes["class"]} if "class" in classes else {})
+        self._whole = Counter[str]()
 
     def read(self, shard: int, size: int | None = None) -> Iterator[Raw]:
         if self.random_access:
@@ -471,6 +477,10 @@ class HubSource(_Alone):
         except (OSError, ValueError) as error:  # of files and connections; of pyarrow
             shards.tell(f"{self.name}, file {shard}", given, error)
             self.report["broken shard"] += 1
+            _ended(given, False, self._whole, self.report)
+        else:
+            if not self.random_access:  # or a shard is but a row
+                _ended(given, True, self._whole, self.report)
 
 
 @dataclass
@@ -598,7 +608,7 @@ def _sample(
 
 def _text(data: bytes, report: Counter[str]) -> str:
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")  # without the mark that some editors put first
     except UnicodeDecodeError:
         report["caption not UTF-8"] += 1
         return data.decode("utf-8", errors="replace")

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtp.files import FULL
 from vtp.recipes import DITS, PRETRAIN
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, what a file may hold; Python names no file then
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,10 +1,13 @@
-"""Files: the one name of their contents that results, latents and cards refer to, and who may read them."""
+"""Files: the one name of their contents that results, latents and cards refer to, who may read them, and no room."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, what a file may hold; Python names no file then
 
 
 def file_sha256(file: Path) -> str:

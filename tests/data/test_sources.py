@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import sys
 import tarfile
 
@@ -258,6 +259,22 @@ def test_a_link_to_the_folder_that_holds_it_is_not_followed(tmp_path):
     (tmp_path / "set" / "in" / "loop").symlink_to(tmp_path / "set")
     (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
     assert [raw.key for raw in everything(open_source(str(tmp_path / "set")))] == ["in/a.jpg", "linked/b.jpg"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jpg").write_bytes(picture(0))
+    scandir = os.scandir
+
+    def refuse(place):  # root may read everything
+        if str(place).endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match=f"{tmp_path}/b"):
+        open_source(str(tmp_path))
 
 
 def test_a_file_with_braces_in_its_name(tmp_path):

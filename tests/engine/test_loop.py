@@ -1,5 +1,6 @@
 """The loop with a learner of two numbers: resume, faults, records."""
 
+import errno
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -288,10 +290,42 @@ def test_a_reader_that_is_missing_is_one_clear_error(tmp_path, monkeypatch):
         train(Line(), Counting(), 1, 0, LoopConfig(wandb=True), tmp_path, "t")
 
 
+def test_lines_wait_while_the_disk_is_full(tmp_path, monkeypatch, capsys):
+    log, opened, full = MetricsLog(tmp_path, 0), Path.open, True
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def write(self, text):
+            self.file.write(text[:5])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def __exit__(self, *_):
+            self.file.close()
+
+    def refuse(self, *args, **options):
+        file = opened(self, *args, **options)
+        return Full(file) if full else file
+
+    monkeypatch.setattr(Path, "open", refuse)
+    for step in (1, 2, 3):
+        log.write(step, {"total": 1.0})
+        log._written.result()
+    full = False
+    log.write(4, {"total": 1.0})
+    log.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+    assert " ".join(capsys.readouterr().err.split()).count("waits until there is room") == 1
+
+
 def test_a_record_that_cannot_be_written_stops_the_run(tmp_path):
     log = MetricsLog(tmp_path, 0)
     log.path.unlink()
-    log.path.mkdir()  # as a full disk, or a folder taken away
+    log.path.mkdir()  # as a folder taken away
     log.write(1, {"total": 1.0})
     with pytest.raises(OSError):
         log.write(2, {"total": 1.0})

@@ -93,7 +93,7 @@ def unsafe(name: str) -> bool:
 def lasting(error: Exception) -> bool:
     """Whether trying again soon is in vain: a server says that there is no such thing, or does not give it."""
     refused = isinstance(error, HTTPError) and 400 <= error.code < 500 and error.code not in (408, 429)
-    return refused or isinstance(error, FileNotFoundError)
+    return refused or isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError))
 
 
 def members(shard: str, report: Counter[str], *, patient: bool = True) -> Iterator[dict[str, Any]]:

@@ -616,8 +616,16 @@ def _text(data: bytes, report: Counter[str]) -> str:
 
 def _images(root: Path) -> Iterator[str]:
     """Relative paths of the picture files under a folder; hidden files are none of them. Links to folders are followed,
-    but not to one that holds the link."""
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+    but not to one that holds the link.
+
+    Raises:
+        PermissionError: a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=refuse):
         above = os.path.realpath(folder)
         subfolders[:] = [
             s

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vtp import dist
 from vtp.config import ConfigError
+from vtp.files import FULL
 
 console = Console(stderr=True)
 
@@ -38,7 +39,8 @@ MACHINE = ("seconds", "images_per_second", "utilisation", "data_wait", "memory_g
 class MetricsLog:
     """Append-only metrics.jsonl; opened for a resumed run, lines after the resumed step are dropped first.
 
-    Files are written, and TensorBoard and Weights & Biases told, by a thread: training does not wait for a disk.
+    Files are written, and TensorBoard and Weights & Biases told, by a thread: training does not wait for a disk. While
+    that is full, lines wait in memory.
     """
 
     def __init__(self, run: Path, resumed_step: int, tensorboard: bool = False, wandb: bool = False) -> None:
@@ -52,6 +54,7 @@ class MetricsLog:
             self._readers += [_Wandb(run)] if wandb else []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="metrics")
         self._written: Future[None] | None = None
+        self._waiting: list[str] = []
 
     def _lines(self) -> list[dict[str, Any]]:
         if not self.path.is_file():
@@ -72,14 +75,36 @@ class MetricsLog:
             self._written = self._thread.submit(self._write, step, values)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        for reader in self._readers:
-            reader.write(step, values)
+        full = bool(self._waiting)  # since the line before
+        self._waiting.append(json.dumps({"step": step, **values}) + "\n")
+        try:
+            self._append()
+            for reader in self._readers:
+                reader.write(step, values)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            if not full:
+                say(f"{self.path}: {error.strerror}; what is to be written waits until there is room")
+
+    def _append(self) -> None:
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("a") as file:
+                file.write("".join(self._waiting))
+        except OSError:
+            os.truncate(self.path, size)  # or the next line would follow a part of one
+            raise
+        self._waiting.clear()
 
     def close(self) -> None:
-        """Until all is written."""
+        """Until all is written, or said to be lost."""
         self._thread.shutdown()
+        if self._waiting:
+            try:
+                self._append()
+            except OSError as error:
+                say(f"{self.path}: {error.strerror}; its last {len(self._waiting)} lines are lost")
         for reader in self._readers:
             reader.close()
 

@@ -12,7 +12,7 @@ from vtp import dist
 from vtp.config import ConfigError
 from vtp.data.loader import Loader
 from vtp.data.sources import left_out, open_source
-from vtp.engine.logging import console
+from vtp.engine.logging import console, say
 from vtp.engine.loop import open_run, reseed, train
 from vtp.engine.optim import pick_device, pick_precision
 from vtp.engine.parallel import whole
@@ -89,4 +89,7 @@ def _report_broken(loader: Loader, cfg: PretrainConfig, file: Path) -> None:
         reasons = ", ".join(f"{count} {reason}" for reason, count in broken.items())
         console.print(f"left out of {' and '.join(data.values())}: {reasons}; of {reads:,} reads, each epoch's counted")
     if dist.is_main():
-        file.write_text(json.dumps(data | {"reads": reads, "broken": broken}, indent=2))
+        try:
+            file.write_text(json.dumps(data | {"reads": reads, "broken": broken}, indent=2))
+        except OSError as error:  # a full disk; what ended the run is to be said
+            say(f"{file}: {error.strerror}")

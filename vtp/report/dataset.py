@@ -28,6 +28,7 @@ def write_inspection(data: str, annotations: str | None, limit: int | None, out:
     from vtp.engine.logging import console
 
     source = open_source(data, annotations)
+    out.mkdir(parents=True, exist_ok=True)  # before the work: it may fail
     total = limit or (len(source.shards) if source.random_access else None)
     name = TextColumn("{task.description}", markup=False)  # braces and brackets stand in names of shards
     columns = (SpinnerColumn(), name, MofNCompleteColumn(), TimeElapsedColumn())
@@ -35,7 +36,6 @@ def write_inspection(data: str, annotations: str | None, limit: int | None, out:
         task = bar.add_task(data, total=total)
         summary, sheet = inspect(source, limit, lambda n: bar.update(task, completed=n))
         bar.update(task, completed=summary["samples"], total=summary["samples"])  # those left out on the way as well
-    out.mkdir(parents=True, exist_ok=True)
     (out / "inspect.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     sheet.save(out / "contact_sheet.png", optimize=True)
     picture = img(np.asarray(sheet), "contact sheet", limit=max(sheet.size))

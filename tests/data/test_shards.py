@@ -132,6 +132,31 @@ def test_a_command_that_hangs_or_fails_is_ended_and_left_out(folder, tmp_path, c
         assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+@pytest.mark.parametrize("packing", ["gz", "bz2", "xz"])
+def test_packed_shards(folder, packing):
+    for s in range(3):
+        with (
+            tarfile.open(folder / f"{s}.tar") as tar,
+            tarfile.open(folder / f"{s}.tar.{packing}", "w:" + packing) as to,
+        ):
+            for info in tar:
+                to.addfile(info, tar.extractfile(info))
+    source = open_source(f"{folder}/{{0..2}}.tar.{packing}")
+    assert [raw.key for raw in everything(source)] == KEYS and source.report == {"samples": 27}
+    cut = folder / f"2.tar.{packing}"
+    cut.write_bytes(cut.read_bytes()[:-200])
+    source.report.clear()
+    assert len(everything(source)) < 27 and source.report["broken shard"] == 1
+
+
+def test_a_glob_takes_the_shards_among_other_files(folder):
+    for s in range(3):
+        (folder / f"{s}.parquet").write_bytes(b"a side file")
+        (folder / f"{s}_stats.json").write_text("{}")
+    source = open_source(f"{folder}/*")
+    assert [raw.key for raw in everything(source)] == KEYS and source.report == {"samples": 27}
+
+
 def test_what_a_broken_shard_lacks_is_estimated(folder):
     source = open_source(str(folder))
     (folder / "1.tar").unlink()

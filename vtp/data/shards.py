@@ -27,6 +27,8 @@ from vtp.config import ConfigError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 REMOTE = re.compile(r"^(pipe|https?|s3|gs|hf|ais|ftps|sftp|scp|file):")
+_TAR = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz)$")
+PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # how gzip, bzip2 and xz begin
 RETRY_AFTER = (1.0, 5.0, 25.0)  # seconds before each new try
 TIMEOUT = 60.0  # seconds without a byte from a server or a command
 TRIED_FIRST = 3  # far shards, in which a first picture is looked for
@@ -49,6 +51,7 @@ def expand(data: str) -> list[str]:
             continue
         local = os.path.expanduser(url)
         found = sorted(glob.glob(local)) if glob.has_magic(local) and not os.path.exists(local) else [local]
+        found = [file for file in found if _TAR.search(file)] or found  # not img2dataset's files beside them
         if not found or not os.path.isfile(found[0]):
             raise ConfigError(
                 f"no data at {data}"
@@ -156,7 +159,7 @@ def _samples(shard: str, report: Counter[str]) -> Iterator[dict[str, Any]]:
             else:
                 keys.add(sample["__key__"])
                 held = sample
-    if tail.last.strip(b"\0"):
+    if not tail.first.startswith(PACKED) and tail.last.strip(b"\0"):
         raise tarfile.ReadError("no end mark")
     if held is not None:
         yield held
@@ -284,12 +287,13 @@ class _Output:
 
 
 class _Tail:
-    """A stream that remembers its last block: tarfile takes a shard cut within a header for a whole one."""
+    """A stream that remembers its ends: tarfile takes a shard that is cut within a header for a whole one."""
 
     def __init__(self, stream: Any) -> None:
-        self._stream, self.last = stream, b""
+        self._stream, self.first, self.last = stream, b"", b""
 
     def read(self, n: int = -1) -> bytes:
         data = self._stream.read(n)
+        self.first = self.first or data[:512]
         self.last = data[-512:] or self.last
         return data

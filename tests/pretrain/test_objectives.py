@@ -157,6 +157,22 @@ def test_many_logits_are_compared_in_chunks_to_the_same_result(tiny, centering, 
         assert (chunked[name] - x).norm() <= {"fp32": 1e-5, "bf16": 0.05}[precision] * x.norm() + 1e-7, name
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_batch_that_is_not_finite_leaves_the_centres(tiny, chunked, monkeypatch):
+    if chunked:
+        monkeypatch.setattr(prototypes, "LOGITS", 7 * tiny.distil.prototypes)
+    model = Pretraining(replace(tiny, distil=replace(tiny.distil, centering="centering"))).train()
+    batch = a_batch(tiny)
+    model(batch, 0.05)
+    before = model.center_cls.clone(), model.center_patch.clone()
+    crops = batch.ssl.global_crops.clone()
+    crops[0, 0, 0, 0, 0] = torch.nan
+    model(batch._replace(ssl=batch.ssl._replace(global_crops=crops)), 0.05)
+    assert torch.equal(model.center_cls, before[0]) and model.center_patch.isfinite().all()
+    model(batch, 0.05)
+    assert not torch.equal(model.center_cls, before[0]) and not torch.equal(model.center_patch, before[1])
+
+
 def test_siglip_needs_and_uses_its_bias(tiny):
     with pytest.raises(ConfigError, match="init_logit_bias"):
         replace(tiny, contrast="siglip")

@@ -55,6 +55,19 @@ def folder(path, n=40, captions=True):
     return path
 
 
+def test_another_network_does_not_resume_and_spoils_nothing(tiny, tmp_path):
+    pretrain(replace(tiny, steps=3))
+    run = Path(tiny.out)
+    before = (run / "config.yaml").read_text()
+    vision = replace(tiny.model.vision, depth=3)
+    with pytest.raises(checkpoint.CheckpointError, match="does not fit this configuration .*blocks.2.*another out="):
+        pretrain(replace(tiny, model=replace(tiny.model, vision=vision), resume="anyway"))
+    assert (run / "config.yaml").read_text() == before
+    pretrain(replace(tiny, steps=3))
+    pretrain(replace(tiny, steps=4, resume="anyway"))
+    assert "steps: 4" in (run / "config.yaml").read_text() and not list(run.glob(".config*"))
+
+
 def test_a_run_publishes_a_tokenizer_and_resumes_bit_for_bit(tiny, tmp_path):
     published = pretrain(tiny)
     model = VTPModel.from_pretrained(published)

@@ -124,19 +124,21 @@ def newest(folder: Path) -> Path | None:
     """
     choice: list[Any] = [None]
     if dist.is_main():
-        candidates = complete(folder)
-        for path in reversed(candidates):
+        damaged: list[tuple[Path, str]] = []
+        for path in reversed(complete(folder)):
             damage = _damage(path)
             if damage is None:
                 choice = [str(path)]
                 break
+            damaged.append((path, damage))
+        if damaged and choice[0] is None:
+            reasons = "; ".join(f"{path.name}: {damage}" for path, damage in damaged)
+            choice = [CheckpointError(f"all checkpoints in {folder} are damaged ({reasons}); choose another out=")]
+        for path, damage in damaged if isinstance(choice[0], str) else []:
             aside = folder / f"damaged_{path.name}"
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
             say(f"{path} is damaged ({damage}); set aside as {aside.name}, going back to the one before")
-        else:
-            if candidates:
-                choice = [CheckpointError(f"all checkpoints in {folder} are damaged; delete the folder to start anew")]
     if dist.world_size() > 1:
         td.broadcast_object_list(choice)
     if isinstance(choice[0], CheckpointError):
@@ -145,9 +147,21 @@ def newest(folder: Path) -> Path | None:
 
 
 def load(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
-    """Fill `tensors` in place from a checkpoint; returns its progress, with `step`."""
+    """Fill `tensors` in place from a checkpoint; returns its progress, with `step`.
+
+    Raises:
+        CheckpointError: a tensor is not in it, or of another shape.
+    """
     _quiet()
-    dcp.load(tensors, checkpoint_id=path, no_dist=dist.world_size() == 1)
+    try:
+        dcp.load(tensors, checkpoint_id=path, no_dist=dist.world_size() == 1)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # DCP's are no Exception
+        raise CheckpointError(
+            f"{path} does not fit this configuration ({_reason(error)}); give the one that the run began with, or "
+            "another out="
+        ) from None
     return json.loads((path / PROGRESS).read_text())
 
 

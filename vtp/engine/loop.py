@@ -80,8 +80,13 @@ class NonFiniteError(RuntimeError):
     """Losses or gradients stay NaN or infinite; the last good checkpoint is kept."""
 
 
+CONFIG, NEW_CONFIG = "config.yaml", ".config.yaml.new"
+
+
 def open_run(cfg: Any, resume: str, ignore: tuple[str, ...] = ()) -> Path:
     """Make or reopen the run folder `cfg.out` and save config.yaml and environment.json in it.
+
+    That of a run to be resumed is replaced by `train`, when its checkpoint was loaded.
 
     Args:
         cfg: The program's configuration dataclass, with a field `out`.
@@ -97,7 +102,8 @@ def open_run(cfg: Any, resume: str, ignore: tuple[str, ...] = ()) -> Path:
             resumed.
     """
     out = Path(cfg.out)
-    saved = out / "config.yaml"
+    saved = out / CONFIG
+    resumed = False
     if saved.is_file() and any((out / "checkpoints").glob("*step_*")):
         if resume == "never":
             raise ConfigError(f"{out} already holds a run; choose another out=, delete it, or set resume=auto")
@@ -110,10 +116,11 @@ def open_run(cfg: Any, resume: str, ignore: tuple[str, ...] = ()) -> Path:
             )
         for difference in config.differences(before, cfg, ignore=("resume", "out")):
             say(f"changed since the run began: {difference}")
+        resumed = True
     dist.barrier()  # all ranks have looked before one writes
     if dist.is_main():
         out.mkdir(parents=True, exist_ok=True)
-        saved.write_text(config.dump(cfg))
+        (out / NEW_CONFIG if resumed else saved).write_text(config.dump(cfg))
         (out / "environment.json").write_text(json.dumps(environment(), indent=2))
     dist.barrier()
     return out
@@ -125,8 +132,8 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
     Step i of rank r draws all its randomness from (seed, r, i), so a resumed run is the uninterrupted run. Ctrl-C and
     SIGTERM finish the step, save, and leave.
 
-    A step whose loss or gradient is not finite must leave the learner as it was (`optim.update` does); it is counted
-    in `skipped`, and not in the means of its window.
+    A step whose loss or gradient is not finite must leave what is learned as it was (`optim.update` does); it is
+    counted in `skipped`, and not in the means of its window.
 
     Raises:
         NonFiniteError: more than `loop.max_skipped` such steps in a row; nothing is saved after the last finite one.
@@ -139,6 +146,8 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
     found = checkpoint.newest(folder)
     if found is not None:
         progress = checkpoint.load(found, learner.tensors())
+        if dist.is_main() and (out / NEW_CONFIG).is_file():
+            (out / NEW_CONFIG).replace(out / CONFIG)
         batches.load_state_dict(progress["batches"])
         done, seconds, skipped = progress["step"], progress["seconds"], progress["skipped"]
         say(f"resumed {found}")

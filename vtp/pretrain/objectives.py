@@ -261,9 +261,13 @@ class Pretraining(nn.Module):
             return sinkhorn_knopp(cls, temp), sinkhorn_knopp(patches, temp)
         targets = centered_softmax(cls, self.center_cls, temp), centered_softmax(patches, self.center_patch, temp)
         if self.training:
-            self.center_cls = update_center(self.center_cls, cls, momentum=CENTER_MOMENTUM)
-            self.center_patch = update_center(self.center_patch, patches, momentum=CENTER_MOMENTUM)
+            for name, rows in (("center_cls", cls), ("center_patch", patches)):
+                self._move_center(name, update_center(getattr(self, name), rows, momentum=CENTER_MOMENTUM))
         return targets
+
+    def _move_center(self, name: str, moved: Tensor) -> None:
+        # One batch that is not finite would make every later one so.
+        setattr(self, name, torch.where(moved.isfinite().all(), moved, getattr(self, name)))
 
     def _teacher(self, embedded: Tensor, weight: Tensor, center: str, temp: float) -> prototypes.Teacher:
         """The same for rows of one kind, without their logits."""
@@ -271,7 +275,7 @@ class Pretraining(nn.Module):
             return prototypes.Teacher(embedded, weight, temp, prototypes.sinkhorn_offsets(embedded, weight, temp))
         before = getattr(self, center)
         if self.training:
-            setattr(self, center, before.lerp(prototypes.mean_logits(embedded, weight), 1 - CENTER_MOMENTUM))
+            self._move_center(center, before.lerp(prototypes.mean_logits(embedded, weight), 1 - CENTER_MOMENTUM))
         return prototypes.Teacher(embedded, weight, temp, before / temp)
 
 

@@ -156,7 +156,7 @@ def on_a_full_disk(*args):
 
 pack._fill = on_a_full_disk  # in the workers as well: this is their main module
 if __name__ == "__main__":
-    cli.main(["data", "pack", sys.argv[1], "--out", sys.argv[2]])
+    cli.main(["data", "pack", sys.argv[1], "--workers", "1", "--out", sys.argv[2]])
 """
 
 

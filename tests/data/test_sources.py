@@ -261,6 +261,25 @@ def test_a_link_to_the_folder_that_holds_it_is_not_followed(tmp_path):
     assert [raw.key for raw in everything(open_source(str(tmp_path / "set")))] == ["in/a.jpg", "linked/b.jpg"]
 
 
+def test_captions_beside_pictures_in_folders(tmp_path):
+    """As img2dataset writes with output_format="files"."""
+    for place in ("00000", "00001"):
+        (tmp_path / place).mkdir()
+        for i in range(2):
+            (tmp_path / place / f"{place}{i}.jpg").write_bytes(picture(i))
+            (tmp_path / place / f"{place}{i}.json").write_text(json.dumps({"caption": f"{place} {i}", "status": "ok"}))
+        (tmp_path / place / f"{place}1.txt").write_text("of the text")
+        (tmp_path / f"{place}_stats.json").write_text("{}")
+    source = open_source(str(tmp_path))
+    assert source.classes == {} and source.report["samples"] == 0
+    assert [raw.captions for raw in everything(source)] == [
+        ("00000 0",),
+        ("of the text",),
+        ("00001 0",),
+        ("of the text",),
+    ]
+
+
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     for name in "ab":
         (tmp_path / name).mkdir()

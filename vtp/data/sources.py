@@ -292,7 +292,9 @@ class FolderSource(_Alone):
         folders = sorted({f.split("/", 1)[0] for f in self.files if "/" in f}) if not listed else []
         if folders and set(folders) <= SPLITS and all(f.count("/") > 1 for f in self.files):
             raise ConfigError(f"{root} holds splits, not classes; name one of them, as in {root / folders[0]}")
-        folders = folders if len(folders) > 1 else []  # one folder is a place, not a class
+        # The captions of img2dataset's "files" and of many others: KEY.txt or KEY.json beside KEY.jpg.
+        self._written = self.table is None and any(_beside(root / self.files[0]))
+        folders = folders if len(folders) > 1 and not self._written else []  # of one, or with captions: places
         names = root / "classes.json"
         self._folders = Folders.named(folders, names.read_bytes() if names.is_file() else None, str(names))
         self.classes = ({} if self.table is None else self.table.classes) | self._folders.classes
@@ -314,8 +316,13 @@ class FolderSource(_Alone):
         if large:
             self.report["file too large"] += 1
             return
+        captions: tuple[str, ...] = ()
+        if self._written:
+            text, row = _beside(file)
+            captions = _captions({"text": _text(text, self.report)}) if text else ()
+            captions = captions or (_json_captions(row, self.report) if row else ())
         folder = key.split("/", 1)[0] if "/" in key else None
-        yield _sample(key, image, (), {}, folder, self._folders, self.table, self.report)
+        yield _sample(key, image, captions, {}, folder, self._folders, self.table, self.report)
 
 
 @dataclass
@@ -671,6 +678,18 @@ def _scan(paths: Sequence[str], found: Any) -> Iterator[str]:
                         yield value
         except tarfile.TarError:
             continue  # counted when the shard is read for its samples
+
+
+def _beside(picture: Path) -> tuple[bytes, bytes]:
+    """The text and the JSON of a picture's name; empty where there is none."""
+
+    def read(suffix: str) -> bytes:
+        try:
+            return picture.with_suffix(suffix).read_bytes()
+        except OSError:
+            return b""
+
+    return read(".txt"), read(".json")
 
 
 def _json_captions(data: bytes, report: Counter[str]) -> tuple[str, ...]:

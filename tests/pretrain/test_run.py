@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor
 
@@ -66,6 +67,17 @@ def test_another_network_does_not_resume_and_spoils_nothing(tiny, tmp_path):
     pretrain(replace(tiny, steps=3))
     pretrain(replace(tiny, steps=4, resume="anyway"))
     assert "steps: 4" in (run / "config.yaml").read_text() and not list(run.glob(".config*"))
+
+
+def test_a_tokenizer_that_does_not_fit_on_the_disk_is_published_by_the_same_command(tiny, monkeypatch):
+    def full(*args):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vtp.pretrain.run.publish", full)
+        with pytest.raises(checkpoint.CheckpointError, match="could not be written .I/O error: No space"):
+            pretrain(replace(tiny, steps=2))
+    assert VTPModel.from_pretrained(pretrain(replace(tiny, steps=2))).config.vision_depth == 2
 
 
 def test_a_run_publishes_a_tokenizer_and_resumes_bit_for_bit(tiny, tmp_path):

@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from vtp import dist
 from vtp.config import ConfigError
 from vtp.data.loader import Loader
 from vtp.data.sources import left_out, open_source
+from vtp.engine.checkpoint import CheckpointError
 from vtp.engine.logging import console, say
 from vtp.engine.loop import open_run, reseed, train
 from vtp.engine.optim import pick_device, pick_precision
@@ -32,6 +34,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
     Raises:
         ConfigError: data, views or run folder cannot be used; said before anything is built.
         NonFiniteError: a loss became NaN or infinite; the last good checkpoint is kept.
+        CheckpointError: a checkpoint or the tokenizer cannot be written, or none of those there be read.
     """
     device = pick_device(cfg.device)
     cfg = replace(cfg, precision=pick_precision(cfg.precision, device))  # a resumed run keeps what this one took
@@ -46,7 +49,13 @@ def pretrain(cfg: PretrainConfig) -> Path:
         _report_broken(loader, cfg, out / "data.json")
     weights = whole(learner.objectives.published(cfg.publish))
     if dist.is_main():
-        publish(learner.objectives.student, out / "tokenizer", weights)
+        try:
+            publish(learner.objectives.student, out / "tokenizer", weights)
+        except SafetensorError as error:  # a full disk
+            raise CheckpointError(
+                f"{out / 'tokenizer'} could not be written ({error}); the checkpoints are whole: make room, and the "
+                "same command publishes"
+            ) from None
         console.print(f"published {out / 'tokenizer'}")
     dist.barrier()
     return out / "tokenizer"

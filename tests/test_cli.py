@@ -5,6 +5,7 @@ import errno
 
 import pytest
 from PIL import Image
+from safetensors import SafetensorError
 
 from tests.tiny import save_tokenizer
 from vtp.cli import _parser, main
@@ -101,12 +102,22 @@ def test_an_error_that_is_about_no_file_is_not_hidden(inputs, tmp_path, monkeypa
         main(["export", inputs["TOKENIZER"], "--out", str(tmp_path)])
 
 
-def test_a_full_disk_is_one_line(inputs, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (  # as a write fails, without a name
+            OSError(errno.ENOSPC, "No space left on device"),
+            "vtp: No space left on device while writing; make room and try again",
+        ),
+        (SafetensorError("I/O error: No space left on device"), "vtp: I/O error: No space left on device"),
+    ],
+)
+def test_a_full_disk_is_one_line(error, line, inputs, tmp_path, monkeypatch, capsys):
     def broken(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")  # as a write fails, without a name
+        raise error
 
     monkeypatch.setattr("vtp.models.export.export", broken)
     with pytest.raises(SystemExit) as stop:
         main(["export", inputs["TOKENIZER"], "--out", str(tmp_path)])
     said = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and said[-1] == "vtp: No space left on device while writing; make room and try again"
+    assert stop.value.code == 2 and said[-1] == line

@@ -29,13 +29,15 @@ def _run(args: argparse.Namespace) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers fork after the tokenizer was used
     if args.run is not publish:  # an upload is worth a bar; opening a file of our own is not
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from safetensors import SafetensorError
+
     from vtp.config import ConfigError
     from vtp.engine.checkpoint import CheckpointError
     from vtp.engine.loop import NonFiniteError
 
     try:
         args.run(args)
-    except (ConfigError, NonFiniteError, CheckpointError, OSError) as error:
+    except (ConfigError, NonFiniteError, CheckpointError, OSError, SafetensorError) as error:
         text = str(error)
         if isinstance(error, OSError) and error.filename is not None:
             text = f"{error.filename}: {error.strerror}"

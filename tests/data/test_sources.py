@@ -10,8 +10,9 @@ from PIL import Image
 
 from vtp.config import ConfigError
 from vtp.data import shards
+from vtp.data.samples import CLASS_TEMPLATES, LOST, Source, left_out
 from vtp.data.scenes import CLASSES
-from vtp.data.sources import CLASS_TEMPLATES, LOST, Source, counts, left_out, open_source
+from vtp.data.sources import counts, open_source
 
 
 def picture(i, suffix="JPEG"):

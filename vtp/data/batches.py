@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vtp.data.masks import block_masks, targets
 from vtp.data.order import Cursor
-from vtp.data.sources import Raw
+from vtp.data.samples import Raw
 from vtp.data.views import BatchConfig, ViewsConfig, caption_span, make
 
 Tokenizer = Callable[[list[str]], Tensor]

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vtp.config import ConfigError
 from vtp.data.decode import BadImage
-from vtp.data.sources import LOST, Raw, Source, left_out
+from vtp.data.samples import LOST, Raw, Source, left_out
 from vtp.images import center_crop
 
 COLUMNS, ROWS, TILE, LINE, GAP = 8, 5, 160, 18, 8  # of the contact sheet; pixels

@@ -25,7 +25,8 @@ from vtp import dist
 from vtp.config import ConfigError
 from vtp.data.batches import Batch, Tokenizer, build
 from vtp.data.order import BATCH, Cursor, Layout, Place, positions
-from vtp.data.sources import LOST, Raw, Source, fingerprint, head, left_out
+from vtp.data.samples import LOST, Raw, Source, left_out
+from vtp.data.sources import fingerprint, head
 from vtp.data.views import BatchConfig, ViewsConfig, check
 
 log = logging.getLogger(__name__)

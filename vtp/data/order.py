@@ -16,7 +16,7 @@ from jaxtyping import Int
 from numpy import ndarray
 
 from vtp.config import ConfigError
-from vtp.data.sources import Raw, Source
+from vtp.data.samples import Raw, Source
 
 EPOCH, BLOCK, BATCH = 1, 2, 3  # what a random stream is for, so that no two share their numbers
 

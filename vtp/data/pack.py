@@ -19,7 +19,8 @@ from PIL import Image
 
 from vtp.config import ConfigError
 from vtp.data.decode import BadImage, image_format
-from vtp.data.sources import Raw, Source, fingerprint, left_out, open_source
+from vtp.data.samples import Raw, Source, left_out
+from vtp.data.sources import fingerprint, open_source
 from vtp.files import file_sha256
 
 PLAN, SUMS = "pack.json", "SHA256SUMS"

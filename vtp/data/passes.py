@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from vtp.config import ConfigError
-from vtp.data.sources import Raw, Source, counts
+from vtp.data.samples import Raw, Source
+from vtp.data.sources import counts
 from vtp.images import normalise, squash
 
 Resize = Callable[[Image.Image, int], Image.Image]

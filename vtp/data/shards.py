@@ -80,7 +80,7 @@ def beside(shard: str, name: str) -> bytes | None:
             with _open(place) as stream:
                 return stream.read()
         except (OSError, HTTPException) as error:
-            if lasting(error):
+            if _lasting(error):
                 return None
             if pause is None:
                 raise ConfigError(f"{place} cannot be asked for: {error}") from None
@@ -93,7 +93,7 @@ def unsafe(name: str) -> bool:
     return ".." in name.split("/")
 
 
-def lasting(error: Exception) -> bool:
+def _lasting(error: Exception) -> bool:
     """Whether trying again soon is in vain: a server says that there is no such thing, or does not give it."""
     refused = isinstance(error, HTTPError) and 400 <= error.code < 500 and error.code not in (408, 429)
     return refused or isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError))
@@ -116,7 +116,7 @@ def members(shard: str, report: Counter[str], *, patient: bool = True) -> Iterat
             report.update(counted)
             return
         except (tarfile.TarError, OSError, EOFError, HTTPException) as error:
-            if pause is None or lasting(error) or (isinstance(error, tarfile.TarError) and not REMOTE.match(shard)):
+            if pause is None or _lasting(error) or (isinstance(error, tarfile.TarError) and not REMOTE.match(shard)):
                 tell(shard, given, error)
                 report.update(counted)
                 report["broken shard"] += 1
@@ -146,9 +146,7 @@ def _samples(shard: str, report: Counter[str]) -> Iterator[dict[str, Any]]:
     keys: set[str] = set()
     with _open(shard) as stream:
         tail = _Tail(stream)
-        held: dict[str, Any] | None = (
-            None  # until the next one begins: where a stream breaks, files of a sample may lack
-        )
+        held: dict[str, Any] | None = None  # until the next begins: where a stream breaks, files of a sample may lack
         for sample in group_by_keys(_files(tail, shard, report), handler=duplicate):
             if held is not None:
                 yield held

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vtp.config import ConfigError
-from vtp.data.sources import Source
+from vtp.data.samples import Source
 from vtp.files import as_new, file_sha256
 from vtp.images import normalise, squash
 from vtp.metrics.extractors import Extractor

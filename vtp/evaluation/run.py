@@ -17,7 +17,8 @@ from torch import Tensor
 
 from vtp.config import ConfigError
 from vtp.data.passes import class_names, image_batches, labelled_batches
-from vtp.data.sources import CLASS_TEMPLATES, Source, open_source
+from vtp.data.samples import CLASS_TEMPLATES, Source
+from vtp.data.sources import open_source
 from vtp.engine.optim import Asked, inference, pick_device, pick_precision
 from vtp.evaluation import generation as generated
 from vtp.evaluation import probes

@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vtp.config import ConfigError
-from vtp.data.sources import Source, open_source
+from vtp.data.samples import Source
+from vtp.data.sources import open_source
 from vtp.engine.logging import console, progress_bar
 from vtp.engine.optim import Asked, inference, pick_device, pick_precision
 from vtp.files import as_new, file_sha256

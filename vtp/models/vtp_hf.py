@@ -438,6 +438,9 @@ def publish(model: VTPModel, folder: Path, weights: Mapping[str, Tensor] | None 
 
 AutoConfig.register("vtp", VTPConfig)
 AutoModel.register(VTPConfig, VTPModel)
-# transformers 5 asks for the fast one first, and says so where there is none; 4 takes no class of another base for it.
-fast = VTPImageProcessor if transformers.__version__ >= "5" else None
-AutoImageProcessor.register(VTPConfig, slow_image_processor_class=VTPImageProcessor, fast_image_processor_class=fast)
+AutoImageProcessor.register(
+    VTPConfig,
+    slow_image_processor_class=VTPImageProcessor,
+    # transformers 5 asks for it first, and says so where there is none; 4 takes no class of another base.
+    fast_image_processor_class=None if transformers.__version__.startswith("4.") else VTPImageProcessor,
+)

@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from vtp import dist
 from vtp.config import ConfigError
 from vtp.data.loader import Loader
-from vtp.data.sources import left_out, open_source
+from vtp.data.samples import left_out
+from vtp.data.sources import open_source
 from vtp.engine.checkpoint import CheckpointError
 from vtp.engine.logging import console, say
 from vtp.engine.loop import open_run, reseed, train

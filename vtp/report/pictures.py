@@ -16,7 +16,8 @@ from numpy import ndarray
 from PIL import Image
 from torch import Tensor
 
-from vtp.data.sources import Source, open_source
+from vtp.data.samples import Source
+from vtp.data.sources import open_source
 from vtp.evaluation.run import EvalConfig, Opened
 from vtp.evaluation.zero_shot import text_classifier
 from vtp.images import center_crop, denormalise, normalise, squash, to_uint8

@@ -1,0 +1,110 @@
+"""Pictures as files in folders."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vtp.config import ConfigError
+from vtp.data import shards
+from vtp.data.samples import Alone, Folders, Raw, Table, assemble, captions_in, captions_in_json, templates_of, text_of
+from vtp.data.shards import IMAGE_SUFFIXES
+
+SPLITS = frozenset(("train", "val", "valid", "validation", "test"))
+
+
+@dataclass
+class FolderSource(Alone):
+    """Files in folders; a shard is the number of one file in the sorted list."""
+
+    name: str
+    table: Table | None = None
+    random_access: bool = True
+    report: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        root = Path(self.name).expanduser()
+        metadata = root / "metadata.jsonl"
+        if self.table is None and metadata.is_file():
+            self.table = Table.load(metadata, ("file_name",))
+        listed = self.table is not None and self.table.path == metadata
+        # A metadata file says which files belong to the set; one that is missing is then a broken sample.
+        self.files = sorted(self.table.labels) if listed and self.table is not None else sorted(_images(root))
+        if not self.files:
+            raise ConfigError(
+                f"no pictures in {root}: it should hold class folders, a metadata.jsonl with its pictures, "
+                f"tar shards, or files ending in {', '.join(IMAGE_SUFFIXES)}"
+            )
+        self.shards: Sequence[int] = range(len(self.files))
+        folders = sorted({f.split("/", 1)[0] for f in self.files if "/" in f}) if not listed else []
+        if folders and set(folders) <= SPLITS and all(f.count("/") > 1 for f in self.files):
+            raise ConfigError(f"{root} holds splits, not classes; name one of them, as in {root / folders[0]}")
+        # The captions of img2dataset's "files" and of many others: KEY.txt or KEY.json beside KEY.jpg.
+        self._written = self.table is None and any(_beside(root / self.files[0]))
+        folders = folders if len(folders) > 1 and not self._written else []  # of one, or with captions: places
+        names = root / "classes.json"
+        self._folders = Folders.named(folders, names.read_bytes() if names.is_file() else None, str(names))
+        self.classes = ({} if self.table is None else self.table.classes) | self._folders.classes
+        self.templates = templates_of(self.classes)
+
+    def read(self, shard: int, size: int | None = None) -> Iterator[Raw]:
+        key = self.files[shard]
+        self.report["samples"] += 1
+        if shards.unsafe(key) or Path(key).is_absolute():
+            self.report["unsafe name"] += 1
+            return
+        file = Path(self.name).expanduser() / key
+        try:
+            large = file.stat().st_size > shards.MAX_BYTES
+            image = b"" if large else file.read_bytes()
+        except OSError:
+            self.report["unreadable file"] += 1
+            return
+        if large:
+            self.report["file too large"] += 1
+            return
+        captions: tuple[str, ...] = ()
+        if self._written:
+            text, row = _beside(file)
+            captions = captions_in({"text": text_of(text, self.report)}) if text else ()
+            captions = captions or (captions_in_json(row, self.report) if row else ())
+        folder = key.split("/", 1)[0] if "/" in key else None
+        yield assemble(key, image, captions, {}, folder, self._folders, self.table, self.report)
+
+
+def _images(root: Path) -> Iterator[str]:
+    """Relative paths of the picture files under a folder; hidden files are none of them. Links to folders are followed,
+    but not to one that holds the link.
+
+    Raises:
+        PermissionError: a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=refuse):
+        above = os.path.realpath(folder)
+        subfolders[:] = [
+            s
+            for s in subfolders
+            if not s.startswith(".") and not f"{above}/".startswith(f"{os.path.realpath(os.path.join(folder, s))}/")
+        ]
+        for name in files:
+            if name.lower().endswith(tuple(f".{s}" for s in IMAGE_SUFFIXES)) and not name.startswith("."):
+                yield (Path(folder) / name).relative_to(root).as_posix()
+
+
+def _beside(picture: Path) -> tuple[bytes, bytes]:
+    """The text and the JSON of a picture's name; empty where there is none."""
+
+    def read(suffix: str) -> bytes:
+        try:
+            return picture.with_suffix(suffix).read_bytes()
+        except OSError:
+            return b""
+
+    return read(".txt"), read(".json")

@@ -1,0 +1,244 @@
+"""What a sample is, and how the sample itself, its folder and annotations make up its captions and labels."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from jaxtyping import UInt8
+from numpy import ndarray
+
+from vtp.config import ConfigError
+from vtp.data.decode import BadImage, decode
+
+CAPTION_COLUMNS = ("text", "caption", "captions")
+KEY_COLUMNS = ("key", "file_name")
+# What a class is called in a caption or a zero-shot prompt where the data does not say it.
+CLASS_TEMPLATES = ("a photo of a {}", "a picture of a {}", "a photo of the {}", "a close-up of a {}", "a {}")
+# Columns of annotations are named in captions in many ways; the bare name is the one they share.
+COLUMN_TEMPLATES = ("{}",)
+MAX_CAPTION = 2_000  # characters; far more than any text tower reads, and a page of text costs a worker its time
+LOST = "lost with a shard (estimated)"
+# What a report counts without anything being left out.
+HARMLESS = frozenset({"samples", LOST, "caption cut", "caption not UTF-8", "broken json", "unknown class"})
+
+
+class Raw(NamedTuple):
+    """One sample before decoding."""
+
+    key: str
+    image: bytes | ndarray  # an image file, or [h, w, 3] uint8 where the source draws it
+    captions: tuple[str, ...]  # any number; one is drawn each time
+    labels: dict[str, int]  # indices into Source.classes; a label that does not apply is absent
+
+    def pixels(self, report: Counter[str]) -> UInt8[ndarray, "h w 3"] | None:
+        """The decoded picture; None where it cannot be, and the reason is counted."""
+        try:
+            return self.decoded()
+        except BadImage as error:
+            report[error.reason] += 1
+            return None
+
+    def decoded(self) -> UInt8[ndarray, "h w 3"]:
+        """The decoded picture.
+
+        Raises:
+            BadImage: it cannot be.
+        """
+        return decode(self.image) if isinstance(self.image, bytes) else self.image
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Samples in shards. Reading is sequential within a shard and pure: the same shard gives the same samples.
+
+    Attributes:
+        name: the DATA string.
+        shards: opaque and picklable; what a worker is given to read.
+        random_access: every shard is a single sample, so that permuting shards shuffles completely.
+        classes: for each label its class names; a label is an index into them.
+        templates: for each label prompt templates with one {}.
+        report: how many samples were seen ("samples") and skipped, by reason.
+        parts: the sources that are mixed and their shares, which sum to 1; itself alone where nothing is mixed.
+    """
+
+    name: str
+    shards: Sequence[Any]
+    random_access: bool
+    classes: dict[str, tuple[str, ...]]
+    templates: dict[str, tuple[str, ...]]
+    report: Counter[str]
+
+    @property
+    def parts(self) -> Sequence[tuple[Source, float]]: ...
+
+    def read(self, shard: Any, size: int | None = None) -> Iterator[Raw]:
+        """Samples of a shard. `size` is the side in pixels at which a source that draws its pictures should do so."""
+        ...
+
+
+class Alone:
+    """A source that mixes nothing."""
+
+    @property
+    def parts(self) -> tuple[tuple[Any, float], ...]:
+        return ((self, 1.0),)
+
+
+def left_out(report: Mapping[str, int]) -> Counter[str]:
+    """The part of a report that counts what could not be used."""
+    return Counter({reason: n for reason, n in report.items() if reason not in HARMLESS})
+
+
+def ended(given: int, well: bool, whole: Counter[str], report: Counter[str]) -> None:
+    """A shard gave its last sample: count it among the whole ones, or what it lacks of their mean as lost."""
+    if well:
+        whole.update(shards=1, samples=given)
+    elif lost := max(0, whole["samples"] // max(1, whole["shards"]) - given):
+        report[LOST] += lost
+
+
+@dataclass
+class Table:
+    """Captions and labels by key, from a jsonl file."""
+
+    path: Path
+    captions: dict[str, tuple[str, ...]]
+    labels: dict[str, dict[str, int]]
+    classes: dict[str, tuple[str, ...]]
+    not_utf8: frozenset[str]  # keys whose rows were not
+
+    @classmethod
+    def load(cls, path: Path, key_columns: Sequence[str]) -> Table:
+        """Read one JSON object a line; several lines of one key add captions. Class names are the sorted distinct
+        values of a column."""
+        if not path.is_file():
+            raise ConfigError(f"no annotation file at {path}")
+        rows: dict[str, dict[str, Any]] = {}
+        captions: dict[str, tuple[str, ...]] = {}
+        not_utf8 = set()
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+            if not line.strip():
+                continue
+            broken: Counter[str] = Counter()
+            try:
+                row = json.loads(text_of(line, broken))
+                key = next(row.pop(k) for k in key_columns if k in row)
+            except (ValueError, RecursionError, StopIteration, AttributeError) as error:
+                wanted = " or ".join(f'"{k}"' for k in key_columns)
+                raise ConfigError(f"{path}, line {number}: not a JSON object with {wanted} ({error})") from None
+            rows[str(key)] = rows.get(str(key), {}) | row
+            captions[str(key)] = (*captions.get(str(key), ()), *captions_in(row))
+            if broken:
+                not_utf8.add(str(key))
+        values: dict[str, set[Any]] = {}
+        for row in rows.values():
+            for column, value in row.items():
+                if column not in CAPTION_COLUMNS and isinstance(value, str | int):
+                    values.setdefault(column, set()).add(str(value))
+        classes = {column: tuple(sorted(names)) for column, names in values.items()}
+        index = {column: {name: i for i, name in enumerate(names)} for column, names in classes.items()}
+        return cls(
+            path,
+            captions,
+            {
+                key: {c: index[c][str(v)] for c, v in row.items() if c in index and isinstance(v, str | int)}
+                for key, row in rows.items()
+            },
+            classes,
+            frozenset(not_utf8),
+        )
+
+    def find(self, key: str) -> str | None:
+        """The row of a sample: by its whole key, or by its last part with or without the suffix."""
+        for candidate in (key, key.rsplit("/", 1)[-1], key.rsplit(".", 1)[0], Path(key).stem):
+            if candidate in self.labels:
+                return candidate
+        return None
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Class folders in the order of their labels."""
+
+    index: dict[str, int]
+    classes: dict[str, tuple[str, ...]]  # {"class": names}, or nothing where there are no classes
+
+    @classmethod
+    def named(cls, folders: Sequence[str], names: bytes | None, file: str) -> Folders:
+        """Number the folders, in sorted order or as classes.json (`names`, of `file`) lists and names them.
+
+        Raises:
+            ConfigError: classes.json is none, or does not name a folder.
+        """
+        display = {f: f.replace("_", " ") for f in folders}
+        if names is not None:
+            try:
+                listed = {row["wnid"]: row["names"][0] for row in json.loads(names)}
+            except (ValueError, RecursionError, KeyError, TypeError, IndexError) as error:
+                raise ConfigError(f'{file} is not a list of {{"wnid": ..., "names": [...]}} ({error!r})') from None
+            unknown = [f for f in folders if f not in listed]
+            if unknown:
+                raise ConfigError(f"{file} does not name the class {unknown[0]}; add it or remove the file")
+            display = listed
+        return cls({f: i for i, f in enumerate(display)}, {"class": tuple(display.values())} if display else {})
+
+
+def templates_of(classes: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    return {label: CLASS_TEMPLATES if label == "class" else COLUMN_TEMPLATES for label in classes}
+
+
+def assemble(
+    key: str,
+    image: bytes,
+    captions: tuple[str, ...],
+    labels: dict[str, int],
+    folder: str | None,
+    folders: Folders,
+    table: Table | None,
+    report: Counter[str],
+) -> Raw:
+    """Put together what the sample itself, its folder and the annotations say. A class becomes captions if need be."""
+    if folder is not None and folder in folders.index:
+        labels = labels | {"class": folders.index[folder]}
+    row = None if table is None else table.find(key)
+    if table is not None and row is not None:
+        captions, labels = table.captions[row] or captions, labels | table.labels[row]
+        if row in table.not_utf8:
+            report["caption not UTF-8"] += 1
+    if not captions and "class" in labels and folders.classes:
+        captions = tuple(t.format(folders.classes["class"][labels["class"]]) for t in CLASS_TEMPLATES)
+    if any(len(caption) > MAX_CAPTION for caption in captions):
+        report["caption cut"] += 1
+        captions = tuple(caption[:MAX_CAPTION] for caption in captions)
+    return Raw(key, image, captions, labels)
+
+
+def captions_in(row: Mapping[str, Any]) -> tuple[str, ...]:
+    for column in CAPTION_COLUMNS:
+        value = row.get(column)
+        if value is not None:
+            texts = value if isinstance(value, list) else [value]
+            return tuple(t.strip() for t in texts if isinstance(t, str) and t.strip())
+    return ()
+
+
+def captions_in_json(data: bytes, report: Counter[str]) -> tuple[str, ...]:
+    try:
+        row = json.loads(text_of(data, report))
+    except (ValueError, RecursionError):
+        report["broken json"] += 1
+        return ()
+    return captions_in(row) if isinstance(row, dict) else ()
+
+
+def text_of(data: bytes, report: Counter[str]) -> str:
+    try:
+        return data.decode("utf-8-sig")  # without the mark that some editors put first
+    except UnicodeDecodeError:
+        report["caption not UTF-8"] += 1
+        return data.decode("utf-8", errors="replace")

@@ -1,0 +1,138 @@
+"""Samples in tar shards, opened and read by `shards`."""
+
+from __future__ import annotations
+
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from vtp.config import ConfigError
+from vtp.data import shards
+from vtp.data.samples import (
+    Alone,
+    Folders,
+    Raw,
+    Table,
+    assemble,
+    captions_in,
+    captions_in_json,
+    ended,
+    templates_of,
+    text_of,
+)
+from vtp.data.shards import IMAGE_SUFFIXES
+
+MAX_CLASSES = 1_000_000  # a larger number in a KEY.cls is none
+_SUFFIXES = frozenset(IMAGE_SUFFIXES)
+
+
+@dataclass
+class TarSource(Alone):
+    """Tar shards, opened and read by webdataset."""
+
+    name: str
+    shards: Sequence[str]
+    table: Table | None = None
+    random_access: bool = False
+    report: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        seen: Counter[str] = Counter()
+        tried = self.shards[: shards.TRIED_FIRST] if shards.REMOTE.match(self.shards[0]) else self.shards
+        begun = (m for i, shard in enumerate(tried) for m in shards.members(shard, seen, patient=i == 0))
+        first = next((m for m in begun if m.keys() & _SUFFIXES), None)
+        if first is None:
+            raise ConfigError(
+                f"no pictures in {self.name}: its shards should hold KEY.jpg|png|webp with KEY.txt|json|cls"
+                + (f"; of the first {len(tried)} could not be read: {n}" if (n := seen["broken shard"]) else "")
+            )
+        classed = "cls" in first or "/" in first["__key__"]
+        names = shards.beside(self.shards[0], "classes.json") if classed else None
+        scanned = names is None and not shards.REMOTE.match(self.shards[0])
+        folders: Iterable[str] = ()
+        if scanned and self.table is None and not {"txt", "json", "cls"} & first.keys() and "/" in first["__key__"]:
+            folders = _scan(self.shards, lambda name, _: name.split("/")[-2] if "/" in name else None)
+        folders = sorted(set(folders))
+        folders = folders if len(folders) > 1 else []  # one folder is a place, not a class
+        self._folders = Folders.named(folders, names, f"classes.json beside {self.shards[0]}")
+        classes = {} if self.table is None else dict(self.table.classes)
+        if scanned and "cls" in first and "class" not in classes:
+            found = _scan(self.shards, lambda name, text: text().strip() if name.endswith(".cls") else None)
+            classes["class"] = _numbered(set(found), self.name)
+        self.classes = classes | self._folders.classes
+        words = self._folders.index or {name: i for i, name in enumerate(classes.get("class", ()))}
+        self._words = {name: i for name, i in words.items() if not name.isdigit()}
+        self.templates = templates_of(self.classes)
+        self._whole = Counter[str]()  # shards read to their end, and samples in them
+
+    def read(self, shard: str, size: int | None = None) -> Iterator[Raw]:
+        given, broken = 0, self.report["broken shard"]
+        for raw in self._read(shard):
+            given += 1
+            if raw is not None:
+                yield raw
+        ended(given, self.report["broken shard"] == broken, self._whole, self.report)
+
+    def _read(self, shard: str) -> Iterator[Raw | None]:
+        for member in shards.members(shard, self.report):
+            self.report["samples"] += 1
+            image = next((member[s] for s in IMAGE_SUFFIXES if s in member), None)
+            if image is None:
+                dotted = any(suffix.rpartition(".")[2] in _SUFFIXES for suffix in member)  # a key ends at the first dot
+                self.report["dots in its name" if dotted else "no picture"] += 1
+                yield None
+                continue
+            captions: tuple[str, ...] = ()
+            if "txt" in member:
+                captions = captions_in({"text": text_of(member["txt"], self.report)})
+            if not captions and "json" in member:
+                captions = captions_in_json(member["json"], self.report)
+            labels = {}
+            if "cls" in member:
+                word = member["cls"].strip().decode(errors="replace")
+                number = self._words.get(word, int(word) if word.isdecimal() and len(word) < 10 else -1)
+                if 0 <= number < len(self.classes.get("class", ())):
+                    labels["class"] = number
+                else:
+                    self.report["unknown class"] += 1
+            key = member["__key__"]
+            folder = key.split("/")[-2] if "/" in key else None
+            yield assemble(key, image, captions, labels, folder, self._folders, self.table, self.report)
+
+
+def _numbered(found: set[str], data: str) -> tuple[str, ...]:
+    """The names of the classes that KEY.cls files give: numbers, or where none is a number the words themselves.
+
+    Raises:
+        ConfigError: a number too large to be one of a class.
+    """
+    numbers = [int(word) for word in found if word.isdecimal()]
+    if not numbers:
+        return tuple(sorted(found))
+    if max(numbers) >= MAX_CLASSES:
+        raise ConfigError(
+            f"{data}: a KEY.cls holds {max(numbers)}; classes are numbered from 0 to {MAX_CLASSES - 1} at most"
+        )
+    return tuple(str(i) for i in range(max(numbers) + 1))
+
+
+def _scan(paths: Sequence[str], found: Any) -> Iterator[str]:
+    """What `found(member name, text reader)` says of each member of local shards.
+
+    Only the headers are read, but for members whose text is asked for.
+    """
+
+    def reader(tar: tarfile.TarFile, info: tarfile.TarInfo) -> Any:
+        return lambda: cast(Any, tar.extractfile(info)).read().decode(errors="replace")
+
+    for shard in paths:
+        try:
+            with tarfile.open(shard) as tar:
+                for info in tar:
+                    value = found(info.name.removeprefix("./"), reader(tar, info))
+                    if value is not None:
+                        yield value
+        except tarfile.TarError:
+            continue  # counted when the shard is read for its samples

@@ -260,6 +260,22 @@ def test_a_run_stops_when_most_shards_are_gone(tmp_path, monkeypatch):
             next(stream)
 
 
+def test_a_disk_that_goes_late_in_a_run_stops_it_soon(tmp_path, monkeypatch):
+    monkeypatch.setattr("vtp.data.loader._WINDOW", 100)
+    for i in range(100):
+        (tmp_path / f"{i:02d}.jpg").write_bytes(picture(i))
+    source = open_source(str(tmp_path))
+    stream = loader(source, BatchConfig(clip=0, ssl=0, rec=10))
+    for _ in range(50):  # 500 good samples
+        next(stream)
+    for i in range(100):
+        if i % 3:
+            (tmp_path / f"{i:02d}.jpg").write_bytes(b"")
+    with pytest.raises(ConfigError, match="share 0.5"):
+        for _ in range(15):
+            next(stream)
+
+
 def test_one_bad_shard_of_many_does_not_stop_a_run(tmp_path):
     for s in range(20):
         members = [(f"{s}_{i}.jpg", b"" if s in (3, 11) else picture(i)) for i in range(30)]

@@ -152,11 +152,27 @@ def test_annotations_give_captions_and_labels(tmp_path):
     assert [r.captions for r in raws] == [("given",), ("own",), ("own",)]
     assert source.classes == {"type": ("hat", "shoe"), "year": ("1999", "2001")}
     assert [r.labels for r in raws] == [{"type": 1, "year": 1}, {"type": 0, "year": 0}, {}]
+    assert source.report == {"samples": 3, "not in annotations": 1} and not left_out(source.report)
     np.testing.assert_array_equal(counts(source, "type"), [2, 1])  # of the whole file, so that splits agree
     for i in range(3):
         (tmp_path / f"k{i}.jpg").write_bytes(picture(i))
     (tmp_path / "a.tar").unlink()
     assert [r.labels.get("type") for r in everything(open_source(str(tmp_path), str(notes)))] == [1, 0, None]
+
+
+def test_annotations_of_other_pictures_are_named(tmp_path, caplog):
+    (tmp_path / "a.jpg").write_bytes(picture(0))
+    notes = tmp_path / "notes.jsonl"
+    notes.write_text(json.dumps({"key": "b", "text": "t"}))
+    source = open_source(f"{tmp_path}::scenes", str(notes))
+    assert caplog.messages == [
+        f"{notes} has no line for any of the first pictures of {tmp_path}::scenes; its key is a picture's name, "
+        "without suffix or folder if you like"
+    ]
+    assert source.report == {}
+    notes.write_text(json.dumps({"key": "a", "text": "t"}))
+    open_source(f"{tmp_path}::scenes", str(notes))
+    assert len(caplog.messages) == 1
 
 
 def test_a_truncated_shard_gives_what_it_holds_and_is_counted(tmp_path):

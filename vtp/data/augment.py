@@ -19,7 +19,10 @@ from vtp.images import normalise
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Strengths and probabilities; the defaults are DINOv2's. The CLIP view stays as it is unless clip_jitter > 0."""
+    """Strengths and probabilities; the defaults are DINOv2's, but hue turns in YIQ (see `jitter_matrices`).
+
+    The CLIP view stays as it is unless clip_jitter > 0.
+    """
 
     brightness: float = 0.4
     contrast: float = 0.4

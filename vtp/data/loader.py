@@ -31,6 +31,7 @@ from vtp.data.views import BatchConfig, ViewsConfig, check
 
 log = logging.getLogger(__name__)
 _FORMAT = 2  # of what state_dict returns
+_WINDOW = 100_000  # samples; a run of days must not outweigh a disk that is gone
 _PATIENCE = 20_000  # unusable samples in a row: twice the largest usual shard
 
 
@@ -45,7 +46,7 @@ class Loader:
         patch_size: checked against the sizes of the views, and the grid of the masks.
         workers: processes that decode and crop; 0 does it in this one.
         shuffle: samples a worker holds to shuffle within (sources with random access are shuffled completely).
-        max_broken: share of samples that may be unusable before the run is stopped.
+        max_broken: share of samples, of the last 100,000 or so, that may be unusable before the run is stopped.
         pin_memory: whether batches are to be copied to a GPU.
         others: sources of their own for the objectives "ssl" and "rec".
         anew: where a saved position is one in other data, begin this data at its first epoch instead of refusing it.
@@ -94,6 +95,7 @@ class Loader:
         self._reports: dict[int, dict[str, int]] = {}
         self._before: Counter[str] = Counter()  # of all ranks before this process began
         self._saved: Counter[str] = Counter()  # of all ranks when the state was last saved
+        self._judged: Counter[str] = Counter()  # what is behind us and was found well
         self._next = 0
 
     def __iter__(self) -> Loader:
@@ -129,7 +131,7 @@ class Loader:
 
     def _check_share(self) -> None:
         """Over all workers: a single one may have begun with the one bad shard of many."""
-        report = self.report
+        report = self.report - self._judged
         broken = left_out(report) + Counter({LOST: report[LOST]})
         samples = report["samples"] + report[LOST]
         if broken.total() >= 20 and broken.total() > self._max_broken * samples:
@@ -138,6 +140,8 @@ class Loader:
                 f"{' and '.join(self._names)}: {broken.total()} of {samples} samples cannot be used "
                 f"({reasons}), more than the share {self._max_broken} that a run bears; mend the data"
             )
+        if samples >= _WINDOW:
+            self._judged = self.report
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, the same on every rank: the positions of all ranks behind the last consumed batch.
@@ -182,7 +186,8 @@ class Loader:
                 "by resume=anyway it is begun at its first epoch"
             )
         self.close()
-        self._reports, self._before, self._saved = {}, Counter(state["report"]), Counter(state["report"])
+        self._reports, self._judged = {}, Counter()
+        self._before, self._saved = Counter(state["report"]), Counter(state["report"])
         if changed:
             log.warning("%s: other data than before, begun at its first epoch", " and ".join(self._names))
             return

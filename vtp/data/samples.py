@@ -24,7 +24,9 @@ COLUMN_TEMPLATES = ("{}",)
 MAX_CAPTION = 2_000  # characters; far more than any text tower reads, and a page of text costs a worker its time
 LOST = "lost with a shard (estimated)"
 # What a report counts without anything being left out.
-HARMLESS = frozenset({"samples", LOST, "caption cut", "caption not UTF-8", "broken json", "unknown class"})
+HARMLESS = frozenset(
+    {"samples", LOST, "caption cut", "caption not UTF-8", "broken json", "unknown class", "not in annotations"}
+)
 
 
 class Raw(NamedTuple):
@@ -210,6 +212,8 @@ def assemble(
         captions, labels = table.captions[row] or captions, labels | table.labels[row]
         if row in table.not_utf8:
             report["caption not UTF-8"] += 1
+    elif table is not None:
+        report["not in annotations"] += 1
     if not captions and "class" in labels and folders.classes:
         captions = tuple(t.format(folders.classes["class"][labels["class"]]) for t in CLASS_TEMPLATES)
     if any(len(caption) > MAX_CAPTION for caption in captions):

@@ -250,7 +250,6 @@ class _Output:
     """What a command writes. One that is silent for too long, or no longer read, is ended with all that it started."""
 
     def __init__(self, pipe: Any) -> None:
-        self._process, self._stream = pipe.proc, pipe.stream
         self._pipe = pipe  # which waits for its command when nobody holds it
         self._process, self._stream = pipe.proc, pipe.stream
         self._ready = selectors.DefaultSelector()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections import Counter
@@ -33,6 +34,7 @@ from vtp.data.hub import HubSource
 from vtp.data.samples import KEY_COLUMNS, Alone, Raw, Source, Table
 from vtp.data.tars import TarSource
 
+log = logging.getLogger(__name__)
 _WEIGHT = re.compile(r"\d+(\.\d+)?")
 
 
@@ -47,6 +49,22 @@ def open_source(data: str, annotations: str | None = None) -> Source:
     Raises:
         ConfigError: nothing there, no pictures in it, or an annotation file that cannot be read.
     """
+    source = _open(data, annotations)
+    if annotations is not None:
+        noted = [(part, table) for part, _ in source.parts if (table := getattr(part, "table", None))]
+        if not any(table.find(raw.key) for part, table in noted for raw in head(part, 100)):
+            log.warning(
+                "%s has no line for any of the first pictures of %s; its key is a picture's name, without suffix "
+                "or folder if you like",
+                annotations,
+                data,
+            )
+        for part, _ in noted:
+            part.report.clear()
+    return source
+
+
+def _open(data: str, annotations: str | None) -> Source:
     if not data:
         raise ConfigError("data is empty; give a folder, tar shards such as 'path/{000..099}.tar', hf:NAME, or scenes")
     if "::" in data:
@@ -106,7 +124,7 @@ class Mixture:
             if not data or float(weight) == 0:
                 raise ConfigError(f"data={self.name}: write a mixture as A@3::B@1, with weights above 0")
             own = None if data.startswith("scenes") else self.annotations
-            weighted.append((open_source(data, own), float(weight)))
+            weighted.append((_open(data, own), float(weight)))
         total = sum(weight for _, weight in weighted)
         self.parts: Sequence[tuple[Any, float]] = tuple((source, weight / total) for source, weight in weighted)
         for source, _ in self.parts:

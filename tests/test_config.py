@@ -104,7 +104,7 @@ def test_saved_configuration_loads_as_itself(tmp_path):
         ("betas.0=0.9", "betas.0=0.9: "),
         ("model=3", "model=3: "),
         ("model.vision.depth=0", "model.vision: depth must be at least 1, not 0"),
-        ("lr.warmup=2", "lr: warmup is a share of the run"),
+        ("lr.warmup=2", "lr.warmup=2.0 must be at least 0 and below 1"),
         ("data=[unclosed", r"data=\[unclosed: the value is not valid YAML"),
         ("data=${nowhere}", "nowhere"),
         ("steps", "'steps' is not an override; write key=value"),

@@ -6,9 +6,11 @@ A configuration lives beside what it configures; this file only merges, prints, 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from itertools import accumulate
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -20,6 +22,33 @@ T = TypeVar("T")
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and the mend."""
+
+
+class OutOfRange(ConfigError):
+    """A value outside its range; the message begins with the field, to which `merge` adds where it stands."""
+
+
+def within(
+    config: Any, names: str, low: int | float, high: int | float = math.inf, *, above: bool = False, below: bool = False
+) -> None:
+    """Check fields of a dataclass, in its __post_init__.
+
+    Args:
+        names: fields, parted by spaces; `a.b` is the field b of a. One that is None is let be.
+        low, high: the range of each value, or of each of a tuple's.
+        above, below: whether `low` and `high` themselves are refused.
+
+    Raises:
+        OutOfRange: a value that is not in the range; nan is in none.
+    """
+    for name in names.split():
+        value = attrgetter(name)(config)
+        for v in value if isinstance(value, tuple) else () if value is None else (value,):
+            if not (low < v if above else low <= v) or not (v < high if below or high == math.inf else v <= high):
+                floor = f"above {low:g}" if above else f"at least {low:g}"
+                ceiling = "" if high == math.inf else f" and {'below' if below else 'at most'} {high:g}"
+                shown = list(value) if isinstance(value, tuple) else value
+                raise OutOfRange(f"{name}={shown} must be {floor}{ceiling}")
 
 
 def merge(default: T, overrides: Sequence[str] = (), file: Path | None = None) -> T:
@@ -153,9 +182,15 @@ def _frozen(cls: type, conf: Any, at: str = "") -> Any:
         else:
             value = conf[field.name]
             value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-            values[field.name] = tuple(value) if isinstance(value, list) else value
+            value = tuple(value) if isinstance(value, list) else value
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise ConfigError(f"{at}{field.name}={number} is not a finite number")
+            values[field.name] = value
     try:
         return cls(**values)
+    except OutOfRange as error:
+        raise OutOfRange(f"{at}{error}") from None
     except ConfigError:
         raise
     except ValueError as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from vtp.config import within
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ramp:
@@ -19,8 +21,7 @@ class Ramp:
     cosine: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"share is a fraction of the run, 0..1, not {self.share}")
+        within(self, "share", 0, 1)
 
     def __call__(self, images: int, total: int) -> float:
         """Value after `images` of `total` images."""
@@ -40,8 +41,8 @@ class WarmupCosine:
     end: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup is a share of the run, 0 <= warmup < 1, not {self.warmup}")
+        within(self, "warmup", 0, 1, below=True)
+        within(self, "peak end", 0)
 
     def __call__(self, images: int, total: int) -> float:
         """Value after `images` of `total` images."""

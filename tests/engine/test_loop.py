@@ -103,6 +103,12 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path
     assert last["step"] == 20 and last["images"] == 60
 
 
+def test_a_run_is_not_taken_back(tmp_path):
+    train(Line(), Counting(), 5, 0, LOOP, tmp_path, "t")
+    with pytest.raises(ConfigError, match="step_0000005 is beyond steps=4"):
+        train(Line(), Counting(), 4, 0, LOOP, tmp_path, "t")
+
+
 def test_a_second_sigterm_does_not_end_the_last_save(tmp_path, monkeypatch):
     waits, reached = checkpoint.Checkpoints.wait, []
 
@@ -140,6 +146,7 @@ def test_one_nan_is_skipped_and_counted(tmp_path):
             assert torch.equal(moment, clean.optimizer.state[q][name])
     train(learner, Counting(), 10, 0, LOOP, tmp_path, "t")
     assert [line["skipped"] for line in lines(tmp_path)] == [0, 0, 0, 0, 1, 1, 1]
+    assert [line["step"] for line in lines(tmp_path) if line["total"] is None] == [7]
     assert all(math.isfinite(line["total"]) for line in lines(tmp_path) if line["step"] != 7)
 
 
@@ -148,6 +155,24 @@ def test_many_nans_stop_the_run_and_keep_the_last_good_checkpoint(tmp_path):
         train(Line(poison_at=range(6, 20)), Counting(), 20, 0, replace(LOOP, max_skipped=2), tmp_path, "t")
     kept = checkpoint.complete(tmp_path / "checkpoints")
     assert [path.name for path in kept] == ["step_0000005"]
+    learner = Line()
+    checkpoint.load(kept[-1], learner.tensors())
+    assert learner.model.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("spoiled_at", [7, 19])
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, spoiled_at):
+    class Spoiled(Line):
+        def step(self, batch, step):
+            values = super().step(batch, step)  # losses are finite, and become NaN only in the next step
+            if step == spoiled_at:
+                self.model.weight.data[0, 0] = float("inf")
+            return values
+
+    with pytest.raises(NonFiniteError, match=r"model\.weight.* not finite (after|in)") as error:
+        train(Spoiled(), Counting(), 20, 0, replace(LOOP, max_skipped=99), tmp_path, "t")
+    kept = checkpoint.complete(tmp_path / "checkpoints")
+    assert f"the last good checkpoint is {kept[-1]}" in str(error.value)
     learner = Line()
     checkpoint.load(kept[-1], learner.tensors())
     assert learner.model.weight.isfinite().all()

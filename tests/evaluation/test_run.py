@@ -183,7 +183,7 @@ def test_what_was_left_out_is_in_the_protocol(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("name", ["batch_size", "limit", "size"])
 def test_sizes_that_hold_nothing_are_refused(name):
-    with pytest.raises(ConfigError, match=f"{name} must be at least 1, not 0"):
+    with pytest.raises(ConfigError, match=f"{name}=0 must be at least 1"):
         EvalConfig(**{name: 0})
 
 

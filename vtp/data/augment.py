@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from vtp.config import ConfigError
+from vtp.config import ConfigError, within
 from vtp.data.batches import Batch
 from vtp.images import normalise
 
@@ -37,15 +37,10 @@ class AugmentConfig:
     clip_jitter: float = 0.0  # brightness, contrast and saturation of the CLIP view (never its hue: captions name it)
 
     def __post_init__(self) -> None:
-        probabilities = ("jitter_probability", "gray_probability", "local_blur_probability", "solarize_probability")
-        for name in probabilities:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"augment.{name}={getattr(self, name)} is not between 0 and 1")
-        for name in ("brightness", "contrast", "saturation", "clip_jitter"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"augment.{name}={getattr(self, name)} is not between 0 and 1")
-        if not 0 <= self.hue <= 0.5:
-            raise ConfigError(f"augment.hue={self.hue} is not between 0 and 0.5")
+        within(self, "brightness contrast saturation clip_jitter", 0, 1)
+        within(self, "jitter_probability gray_probability blur_probability local_blur_probability", 0, 1)
+        within(self, "solarize_probability", 0, 1)
+        within(self, "hue", 0, 0.5)
         if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
             raise ConfigError(f"augment.blur_sigma={list(self.blur_sigma)}: write [low, high] with 0 < low <= high")
 

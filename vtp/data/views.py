@@ -16,7 +16,7 @@ from jaxtyping import Int, UInt8
 from numpy import ndarray
 from torch import Tensor
 
-from vtp.config import ConfigError
+from vtp.config import ConfigError, within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +43,8 @@ class ViewsConfig:
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
                 raise ConfigError(f"views.{name}={[low, high]}: write [low, high] with 0 < low <= high <= 1")
-        for name in ("mask_probability", "caption_spans"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"views.{name}={getattr(self, name)} is not between 0 and 1")
-        if self.local_crops < 0:
-            raise ConfigError(f"views.local_crops={self.local_crops} is negative")
+        within(self, "mask_probability caption_spans", 0, 1)
+        within(self, "local_crops", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +80,11 @@ def check(views: ViewsConfig, batch: BatchConfig, patch_size: int) -> None:
             below, above = size // patch_size * patch_size, (size // patch_size + 1) * patch_size
             nearest = f"{below} or {above}" if below else f"{above}"
             raise ConfigError(f"views.{name}={size} is not a multiple of the patch size {patch_size}; use {nearest}")
+    if batch.ssl and not round(2 * batch.ssl * views.mask_probability):
+        raise ConfigError(
+            f"views.mask_probability={views.mask_probability} masks none of {2 * batch.ssl} global crops, and iBOT "
+            f"learns from nothing else; take at least {1 / (2 * batch.ssl):.2g}"
+        )
     if views.share and 0 < batch.clip < batch.rec:
         raise ConfigError(
             f"batch.rec={batch.rec} reconstruction views cannot all be among batch.clip={batch.clip} CLIP views; "

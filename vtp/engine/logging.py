@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -76,7 +77,8 @@ class MetricsLog:
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         full = bool(self._waiting)  # since the line before
-        self._waiting.append(json.dumps({"step": step, **values}) + "\n")
+        known = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        self._waiting.append(json.dumps({"step": step, **known}) + "\n")
         try:
             self._append()
             for reader in self._readers:

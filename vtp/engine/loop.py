@@ -18,9 +18,10 @@ import numpy as np
 import torch
 import torch.distributed as td
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from vtp import config, dist
-from vtp.config import ConfigError
+from vtp.config import ConfigError, within
 from vtp.engine import checkpoint
 from vtp.engine.logging import MetricsLog, environment, progress_bar, say
 from vtp.engine.speed import peak_memory
@@ -39,12 +40,8 @@ class LoopConfig:
     wandb: bool = False  # Weights & Biases; WANDB_PROJECT, WANDB_MODE=offline and the like are its own settings
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"loop.{name}={getattr(self, name)}; it must be at least 1")
-        for name in ("keep_every", "max_skipped"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"loop.{name}={getattr(self, name)} is negative")
+        within(self, "log_every save_every keep", 1)
+        within(self, "keep_every max_skipped", 0)
 
 
 @runtime_checkable
@@ -136,8 +133,10 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
     counted in `skipped`, and not in the means of its window.
 
     Raises:
-        NonFiniteError: more than `loop.max_skipped` such steps in a row; nothing is saved after the last finite one.
+        NonFiniteError: more than `loop.max_skipped` such steps in a row, after the last finite one of which nothing is
+            saved; or what is learned itself is not finite when it is to be saved.
         CheckpointError: no checkpoint can be read, or the last one not written.
+        ConfigError: the newest checkpoint is of a later step than `steps`.
         SystemExit: code 0 after SIGTERM, 130 after Ctrl-C, both with a checkpoint written.
     """
     folder = out / "checkpoints"
@@ -146,6 +145,8 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
     found = checkpoint.newest(folder)
     if found is not None:
         progress = checkpoint.load(found, learner.tensors())
+        if progress["step"] > steps:
+            raise ConfigError(f"{found} is beyond steps={steps}; ask for more steps, or choose another out=")
         if dist.is_main() and (out / NEW_CONFIG).is_file():
             (out / NEW_CONFIG).replace(out / CONFIG)
         batches.load_state_dict(progress["batches"])
@@ -162,7 +163,10 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
 
     def save(step: int) -> None:
         progress = {"batches": batches.state_dict(), "seconds": clock(), "skipped": skipped}
-        checkpoints.save(step, learner.tensors(), progress)
+        tensors = learner.tensors()
+        if bad := _not_finite(tensors):
+            raise _stopped(bad, f"after step {step}", checkpoints)
+        checkpoints.save(step, tensors, progress)
 
     def settle(reading: _Reading) -> bool:
         """Add a window to the record; whether its last step was finite."""
@@ -171,7 +175,8 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
         for good in finite:
             skipped, in_a_row = skipped + (not good), 0 if good else in_a_row + 1
             if in_a_row > loop.max_skipped:
-                raise _not_finite(values, in_a_row, reading.step, checkpoints)
+                bad = [name for name, value in values.items() if not np.isfinite(value)] or ["a loss or gradient"]
+                raise _stopped(bad, f"in {in_a_row} steps in a row before step {reading.step}", checkpoints)
         now = time.perf_counter()
         lasted = now - window_started
         if "ideal_seconds" in values:
@@ -254,17 +259,28 @@ class _Reading:
         return finite.tolist(), dict(zip(self._names, means.tolist(), strict=True))
 
 
-def _not_finite(
-    values: dict[str, float], in_a_row: int, step: int, checkpoints: checkpoint.Checkpoints
-) -> NonFiniteError:
+def _not_finite(tensors: Mapping[str, Any]) -> list[str]:
+    """Names of the tensors of a nested dict that hold NaN or infinities on any rank; waits for the device."""
+
+    def leaves(tree: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Tensor]]:
+        for name, x in tree.items():
+            if isinstance(x, Mapping):
+                yield from leaves(x, f"{at}{name}.")
+            else:
+                yield f"{at}{name}", x.to_local() if isinstance(x, DTensor) else x
+
+    named = dict(leaves(tensors))
+    bad = torch.stack([(~x.isfinite()).any().float() for x in named.values()])
+    return [name for name, n in zip(named, dist.sum_(bad).tolist(), strict=True) if n > 0]
+
+
+def _stopped(bad: list[str], when: str, checkpoints: checkpoint.Checkpoints) -> NonFiniteError:
     checkpoints.wait()
-    bad = [name for name, value in values.items() if not np.isfinite(value)] or ["a loss or gradient"]
     named = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
     found = checkpoint.complete(checkpoints.folder)
     kept = f"the last good checkpoint is {found[-1]}" if found else "no checkpoint had been written yet"
     return NonFiniteError(
-        f"{named} not finite in {in_a_row} steps in a row before step {step}; {kept}. "
-        "Lower optim.lr.peak, clip harder (optim.clip_grad), or set precision=fp32"
+        f"{named} not finite {when}; {kept}. Lower optim.lr.peak, clip harder (optim.clip_grad), or set precision=fp32"
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vtp.config import ConfigError
+from vtp.config import ConfigError, within
 from vtp.engine.logging import say
 from vtp.schedules import Ramp, WarmupCosine
 
@@ -29,6 +29,11 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     clip_grad: float = 1.0  # largest global gradient norm; 0 clips nothing
+
+    def __post_init__(self) -> None:
+        within(self, "weight_decay.start weight_decay.end clip_grad", 0)
+        within(self, "betas", 0, 1, below=True)
+        within(self, "eps", 0, above=True)
 
 
 def adamw(parameters: Iterable[tuple[str, nn.Parameter]], cfg: OptimConfig) -> torch.optim.AdamW:
@@ -124,7 +129,7 @@ def pick_device(name: str) -> torch.device:
     if name != "auto":
         try:
             device = torch.device(name)
-            torch.empty(0, device=device)
+            torch.empty(1, device=device).item()  # where there is memory; on meta there is none
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"device={name} cannot be used ({reason}); use auto, cpu or cuda") from None

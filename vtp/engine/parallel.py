@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from vtp import dist
-from vtp.config import ConfigError
+from vtp.config import within
 from vtp.engine.optim import Precision
 
 
@@ -31,8 +31,7 @@ class ParallelConfig:
     micro_batch: int = 0  # image-text pairs a rank embeds at a time (gradient caching); 0: all of batch.clip
 
     def __post_init__(self) -> None:
-        if self.micro_batch < 0:
-            raise ConfigError(f"parallel.micro_batch={self.micro_batch} is negative; 0 embeds the whole batch at once")
+        within(self, "micro_batch", 0)
 
 
 def parallelise(

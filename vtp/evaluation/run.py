@@ -15,7 +15,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
-from vtp.config import ConfigError
+from vtp.config import ConfigError, within
 from vtp.data.passes import class_names, image_batches, labelled_batches
 from vtp.data.samples import CLASS_TEMPLATES, Source
 from vtp.data.sources import open_source
@@ -58,10 +58,8 @@ class EvalConfig:
     out: Path | None = None  # results JSON
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "limit", "size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, not {value}")
+        within(self, "batch_size limit size", 1)
+        within(self, "seed", 0)
 
 
 class Opened:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vtp.config import ConfigError
+from vtp.config import within
 from vtp.engine.loop import LoopConfig
 from vtp.engine.optim import OptimConfig
 from vtp.schedules import Ramp, WarmupCosine
@@ -21,6 +21,10 @@ class DiTSize:
     depth: int = 12
     num_heads: int = 12
     mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        within(self, "patch_size hidden_size depth num_heads", 1)
+        within(self, "mlp_ratio", 0, above=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +64,9 @@ class DiTTrainConfig:
     loop: LoopConfig = LoopConfig()
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("label_dropout", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
+        within(self, "steps batch_size", 1)
+        within(self, "seed cosine_weight times.sigma", 0)
+        within(self, "label_dropout ema", 0, 1, below=True)
 
     @property
     def folder(self) -> Path:

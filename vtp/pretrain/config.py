@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vtp.config import ConfigError
+from vtp.config import ConfigError, within
 from vtp.data.augment import AugmentConfig
 from vtp.data.views import BatchConfig, ViewsConfig
 from vtp.engine.loop import LoopConfig
@@ -13,6 +13,7 @@ from vtp.engine.optim import OptimConfig
 from vtp.engine.parallel import ParallelConfig
 from vtp.models.config import ModelConfig
 from vtp.schedules import Ramp
+from vtp.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +27,7 @@ class Weights:
     koleo: float = 0.1  # inside ssl
 
     def __post_init__(self) -> None:
-        for name, weight in vars(self).items():
-            if weight < 0:
-                raise ConfigError(f"weights.{name}={weight} is negative; 0 switches a loss off")
+        within(self, "clip ssl rec perceptual koleo", 0)
 
     def by_loss(self) -> dict[str, float]:
         """Factor of each named loss in the total; only what is not switched off."""
@@ -51,6 +50,9 @@ class DropPath:
     ssl: float = 0.0
     rec: float = 0.0
 
+    def __post_init__(self) -> None:
+        within(self, "clip ssl rec", 0, 1, below=True)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistilConfig:
@@ -64,6 +66,12 @@ class DistilConfig:
     teacher_temp: Ramp = Ramp(start=0.04, end=0.07, share=0.06)
     momentum: Ramp = Ramp(start=0.994, end=1.0, cosine=True)
     centering: Literal["sinkhorn", "centering"] = "sinkhorn"
+
+    def __post_init__(self) -> None:
+        within(self, "prototypes", 2)
+        within(self, "head_layers head_hidden head_bottleneck", 1)
+        within(self, "student_temp teacher_temp.start teacher_temp.end", 0, above=True)
+        within(self, "momentum.start momentum.end", 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +105,8 @@ class PretrainConfig:
     loop: LoopConfig = LoopConfig()
 
     def __post_init__(self) -> None:
+        within(self, "steps", 1)
+        within(self, "seed workers", 0)
         if not self.weights.by_loss():
             raise ConfigError("weights: every objective is 0, there is nothing to learn")
         if self.weights.ssl > 0 and self.weights.koleo > 0 and self.batch.ssl == 1:
@@ -109,8 +119,9 @@ class PretrainConfig:
             )
         if self.publish == "teacher" and self.weights.ssl == 0:
             raise ConfigError("publish=teacher, but weights.ssl=0 leaves no teacher; set publish=student")
-        if self.steps < 1:
-            raise ConfigError(f"steps must be at least 1, not {self.steps}")
+        if self.weights.clip > 0:
+            within(self, "model.text.context_length", 2)  # the start and end tokens
+            within(self, "model.text.vocab_size", Tokenizer.vocab_size)
         if self.contrast == "siglip" and self.model.init_logit_bias is None and self.weights.clip > 0:
             raise ConfigError("contrast=siglip needs a logit bias: set model.init_logit_bias=-10")
 

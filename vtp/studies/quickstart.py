@@ -132,6 +132,6 @@ def _stage(run: Path, cfg: PretrainConfig, ask: Comparison) -> Stage:
             return Stage("questions", min(results, questions), questions)
         if not published.is_dir():
             now = last_metrics(metrics)
-            status = f"loss {now['total']:.3f}  {now['images_per_second']:.0f} images/s" if now else ""
+            status = f"loss {now['total']:.3f}  {now['images_per_second']:.0f} images/s" if now.get("total") else ""
             return Stage(name, now.get("step", 0), steps, status)
     return Stage("drawing", results - questions, 2)

@@ -80,6 +80,19 @@ def test_a_tokenizer_that_does_not_fit_on_the_disk_is_published_by_the_same_comm
     assert VTPModel.from_pretrained(pretrain(replace(tiny, steps=2))).config.vision_depth == 2
 
 
+def test_a_tokenizer_is_replaced_by_a_whole_one_only(tiny, monkeypatch):
+    folder = pretrain(tiny)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vtp.models.vtp_hf.VTPImageProcessor.save_pretrained", full)
+    with pytest.raises(OSError, match="No space"):
+        pretrain(replace(tiny, publish="teacher"))
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
 def test_a_run_publishes_a_tokenizer_and_resumes_bit_for_bit(tiny, tmp_path):
     published = pretrain(tiny)
     model = VTPModel.from_pretrained(published)

@@ -430,10 +430,16 @@ class VTPModel(PreTrainedModel):
 
 
 def publish(model: VTPModel, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
-    """Write a tokenizer folder: configuration, weights (the model's own unless given), image processor of its size."""
+    """Write a tokenizer folder: configuration, weights (the model's own unless given), image processor of its size.
+
+    Other files in it stay, and those of before until the new ones are whole.
+    """
     folder.mkdir(parents=True, exist_ok=True)  # of a file in the way transformers merely logs
-    model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
-    VTPImageProcessor(model.config.image_size).save_pretrained(folder)
+    with TemporaryDirectory(prefix=".new_", dir=folder) as name:
+        model.save_pretrained(name, state_dict=None if weights is None else dict(weights))
+        VTPImageProcessor(model.config.image_size).save_pretrained(name)
+        for file in Path(name).iterdir():
+            file.replace(folder / file.name)
 
 
 AutoConfig.register("vtp", VTPConfig)

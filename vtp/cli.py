@@ -287,18 +287,22 @@ def profile(args: argparse.Namespace) -> None:
     """vtp profile"""
     from rich import print as show
 
+    from vtp import dist
     from vtp.config import ConfigError
     from vtp.pretrain.config import PretrainConfig
     from vtp.recipes import pretrain_recipe
 
     if args.steps < 1:
         raise ConfigError("--steps must be at least 1")
-    cfg = _resolve(args, pretrain_recipe, PretrainConfig)
-    if not args.dry_run:
-        from vtp.pretrain.profile import profile_step
+    with dist.group():
+        cfg = _resolve(args, pretrain_recipe, PretrainConfig)
+        if not args.dry_run:
+            from vtp.pretrain.profile import profile_step
 
-        show(profile_step(cfg, args.out, args.steps))
-        print(f"wrote {args.out / 'trace.json'}, profile.json")
+            tables = profile_step(cfg, args.out, args.steps)
+            if dist.is_main():
+                show(tables)
+                print(f"wrote {args.out / 'trace.json'}, profile.json")
 
 
 def train_dit(args: argparse.Namespace) -> None:

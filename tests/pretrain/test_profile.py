@@ -19,6 +19,8 @@ def test_where_a_step_goes(tiny, tmp_path, capsys):
     assert all(ms > -0.01 for ms in parts.values())
     assert abs(sum(parts.values()) - record["milliseconds"]) < 1e-6
     assert parts["rest"] < 0.3 * record["milliseconds"]
+    names = " ".join(name for name, _, _ in record["operators"])
+    assert "aten::" in names and "ssl" not in names and "Loader" not in names
     events = json.loads((tmp_path / "profile/trace.json").read_text())["traceEvents"]
     assert {"forward", "backward", "teacher"} <= {event.get("name") for event in events}
     assert not (tmp_path / "run").exists()

@@ -13,6 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from vtp import dist
 from vtp.engine.logging import environment
 from vtp.engine.loop import reseed
 from vtp.engine.optim import pick_device
@@ -30,11 +31,12 @@ OPERATORS = 12
 def profile_step(cfg: PretrainConfig, out: Path, steps: int) -> Group:
     """Run a few steps and write DIR/trace.json (chrome://tracing, Perfetto) and DIR/profile.json; returns the tables.
 
-    Nothing is saved of what was learned. Times are the device's: on a GPU those of its kernels.
+    Nothing is saved of what was learned. Times are the device's: on a GPU those of its kernels. Of several ranks all
+    take the steps, and the first one's are told.
     """
-    out.mkdir(parents=True, exist_ok=True)  # before the work: it may fail
     device = pick_device(cfg.device)
     loader = open_loader(cfg, device)
+    out.mkdir(parents=True, exist_ok=True)  # before the work: it may fail
     reseed(cfg.seed, 0, 0)
     reuse_memory(device)
     learner = PretrainLearner(cfg, device)
@@ -42,7 +44,7 @@ def profile_step(cfg: PretrainConfig, out: Path, steps: int) -> Group:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
 
     def step(i: int) -> None:
-        reseed(cfg.seed, 0, i)
+        reseed(cfg.seed, dist.rank(), i)
         with record_function("data"):
             batch = next(stream)
         learner.step(batch, i)
@@ -60,14 +62,17 @@ def profile_step(cfg: PretrainConfig, out: Path, steps: int) -> Group:
             step(i)
         synchronise()
         milliseconds = 1e3 * (time.perf_counter() - start) / steps
-    profiler.export_chrome_trace(str(out / "trace.json"))
     timed = "cpu_time_total" if device.type == "cpu" else "device_time_total"
     parts = {name: us / 1e3 / steps for name, us in _parts(profiler.events() or (), timed).items()}
     parts["rest"] = milliseconds - sum(parts.values())
-    average = sorted(profiler.key_averages(), key=lambda e: -getattr(e, f"self_{timed}"))
+    average = sorted(
+        (e for e in profiler.key_averages() if not e.is_user_annotation), key=lambda e: -getattr(e, f"self_{timed}")
+    )
     operators = [(e.key, e.count / steps, getattr(e, f"self_{timed}") / 1e3 / steps) for e in average[:OPERATORS]]
     record = {"milliseconds": milliseconds, "parts": parts, "operators": operators, "environment": environment()}
-    (out / "profile.json").write_text(json.dumps(record, indent=2))
+    if dist.is_main():
+        profiler.export_chrome_trace(str(out / "trace.json"))
+        (out / "profile.json").write_text(json.dumps(record, indent=2))
     return Group(
         _table(f"a step: {milliseconds:.0f} ms", [(name, ms) for name, ms in parts.items()], milliseconds),
         _table("operators", [(f"{name} x {calls:.0f}", ms) for name, calls, ms in operators], milliseconds),

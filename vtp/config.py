@@ -136,7 +136,9 @@ def _merge(conf: DictConfig, layer: DictConfig, said: str = "") -> DictConfig:
     try:
         return cast(DictConfig, OmegaConf.merge(conf, layer))
     except (ConfigKeyError, ConfigAttributeError) as error:
-        raise ConfigError(_unknown(str(error.full_key), conf)) from None
+        key = str(error.full_key)  # of a.b=c it is a where there is no a
+        key = next((leaf for leaf in _flat(OmegaConf.to_container(layer)) if _below(leaf, [key])), key)
+        raise ConfigError(_unknown(key, conf)) from None
     except (OmegaConfBaseException, TypeError) as error:
         raise ConfigError(said + _one_line(error)) from None
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from vtp.config import within
-
 
 @dataclass(frozen=True, kw_only=True)
 class Ramp:
@@ -21,7 +19,8 @@ class Ramp:
     cosine: bool = False
 
     def __post_init__(self) -> None:
-        within(self, "share", 0, 1)
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share is a fraction of the run, 0..1, not {self.share}")
 
     def __call__(self, images: int, total: int) -> float:
         """Value after `images` of `total` images."""
@@ -41,8 +40,8 @@ class WarmupCosine:
     end: float = 0.0
 
     def __post_init__(self) -> None:
-        within(self, "warmup", 0, 1, below=True)
-        within(self, "peak end", 0)
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is a share of the run, 0 <= warmup < 1, not {self.warmup}")
 
     def __call__(self, images: int, total: int) -> float:
         """Value after `images` of `total` images."""

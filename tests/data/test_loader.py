@@ -126,9 +126,22 @@ def test_a_mixture_keeps_its_shares_and_every_part_its_epochs(shards, tmp_path):
     stream = loader(source, BatchConfig(clip=0, ssl=0, rec=8), shuffle=5)
     for _ in range(20):
         batch = next(stream)
-        assert [round(p.drawn / batch.cursor.batches / 2) for p in batch.cursor.places] == [2, 1, 1]
+        assert [round(p.used / batch.cursor.batches / 2) for p in batch.cursor.places] == [2, 1, 1]
     tars, more, scenes = batch.cursor.places
     assert (tars.epoch, more.epoch, scenes.epoch) == (1, 4, 0)  # of 70, 8 and a million
+
+
+def test_broken_samples_do_not_change_the_shares_of_a_mixture(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for i in range(30):
+            broken = name == "b" and i % 3 == 0
+            (tmp_path / name / f"{i}.jpg").write_bytes(b"" if broken else picture(i))
+    stream = loader(open_source(f"{tmp_path}/a@3::{tmp_path}/b@1"), BatchConfig(clip=0, ssl=0, rec=40))
+    for _ in range(2):
+        batch = next(stream)
+    assert [place.used for place in batch.cursor.places] == [60, 20]
+    assert batch.report["empty file"] > 5
 
 
 def test_objectives_may_have_sources_of_their_own(tmp_path):
@@ -141,7 +154,7 @@ def test_objectives_may_have_sources_of_their_own(tmp_path):
     batch = whole[0]
     assert (batch.ssl.global_crops[:, :, 0] > 240).all() and (batch.ssl.global_crops[:, :, 1] < 5).all()
     assert batch.clip.images.float().std() > 5 and batch.rec.shared > 0
-    assert [place.drawn for place in batch.cursor.places] == [6, 3] and batch.report == {"samples": 9}
+    assert [place.used for place in batch.cursor.places] == [6, 3] and batch.report == {"samples": 9}
     first = loader(open_source("scenes"), **options)
     for _ in range(4):
         next(first)

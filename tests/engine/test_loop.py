@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -107,6 +108,28 @@ def test_a_run_is_not_taken_back(tmp_path):
     train(Line(), Counting(), 5, 0, LOOP, tmp_path, "t")
     with pytest.raises(ConfigError, match="step_0000005 is beyond steps=4"):
         train(Line(), Counting(), 4, 0, LOOP, tmp_path, "t")
+
+
+def test_a_folder_is_trained_in_by_one_process(tmp_path):
+    """The lock goes with its process, killed or not, though its children live on."""
+    holds = """
+import os, sys, time
+from pathlib import Path
+from vtp.engine.loop import _alone
+with _alone(Path(sys.argv[1])):
+    if os.fork() == 0:
+        time.sleep(60)
+    print(flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", holds, tmp_path], stdout=subprocess.PIPE, process_group=0) as other:
+        other.stdout.readline()
+        with pytest.raises(ConfigError, match=f"another process trains in {tmp_path}"):
+            train(Line(), Counting(), 4, 0, LOOP, tmp_path, "t")
+        other.kill()
+        other.wait()
+        train(Line(), Counting(), 4, 0, LOOP, tmp_path, "t")
+        os.killpg(other.pid, signal.SIGKILL)
 
 
 def test_a_second_sigterm_does_not_end_the_last_save(tmp_path, monkeypatch):

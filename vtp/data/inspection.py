@@ -102,8 +102,8 @@ def inspect(
             for label, found in labels.items()
         },
     }
-    step = max(1, len(shown) // (COLUMNS * ROWS))
-    return summary, contact_sheet(shown[::step][: COLUMNS * ROWS])
+    spread = np.linspace(0, len(shown) - 1, min(len(shown), COLUMNS * ROWS)).round().astype(int)
+    return summary, contact_sheet([shown[i] for i in spread])
 
 
 def _spread(source: Source, limit: int | None) -> Iterator[Raw]:

@@ -202,7 +202,7 @@ class Loader:
                 layout = Layout(len(of), tuple(place[:3] for place in of))
                 epoch = min(layout.ends)[0]
                 past[i] = tuple(old for old in (*past[i], layout) if max(old.ends)[0] >= epoch)
-                places.append(Place(epoch, drawn=sum(place.drawn for place in of) // self._streams))
+                places.append(Place(epoch, used=sum(place.used for place in of) // self._streams))
             batches = max(cursor.batches for cursor in cursors)
             self._dataset.cursors = [Cursor(worker, tuple(places), batches) for worker in range(self._makers)]
             self._next = 0
@@ -336,16 +336,17 @@ class _Batches(IterableDataset[Batch]):
             positions(s, draw.size, self.seed, stream, self.streams, 1 if s.random_access else self.shuffle, place, old)
             for s, place, old in zip(sources, places, past, strict=True)
         ]
-        drawn, misses, since = sum(place.drawn for place in places), 0, places
+        drawn, misses, since = sum(place.used for place in places) + 1, 0, places
         while True:
-            drawn += 1
-            i = max(range(len(parts)), key=lambda i: weights[i] * drawn - places[i].drawn)  # furthest behind its share
+            i = max(range(len(parts)), key=lambda i: weights[i] * drawn - places[i].used)  # furthest behind its share
             raw, place = next(parts[i])
-            places = [*places[:i], place, *places[i + 1 :]]
+            used = places[i].used
+            places = [*places[:i], place._replace(used=used), *places[i + 1 :]]
             if draw.captions and not raw.captions:
                 report["no caption"] += 1
             elif (image := raw.pixels(report)) is not None:
-                misses, since = 0, places
+                places[i] = place._replace(used=used + 1)
+                drawn, misses, since = drawn + 1, 0, places
                 yield raw, image, tuple(places)
                 continue
             misses += 1

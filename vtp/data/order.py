@@ -29,7 +29,7 @@ class Place(NamedTuple):
     first: int = 0
     skip: int = 0
     done: int = 0
-    drawn: int = 0  # samples read in all: what keeps the shares of a mixture
+    used: int = 0  # samples used in all, counted by the reader: what keeps the shares of a mixture
 
 
 class Cursor(NamedTuple):
@@ -64,7 +64,7 @@ def positions(
     all streams read all shards and take turns with the samples. Samples are shuffled within blocks of `block`: a block
     can be read again, which makes resuming exact. What was read under one of the layouts of the past is passed over.
     """
-    epoch, first, skip, done, drawn = place
+    epoch, first, skip, done, _ = place
     seen_in_part = max((end[0] for layout in past for end in layout.ends), default=-1)
     while True:
         order = np.random.default_rng([seed, EPOCH, epoch]).permutation(len(source.shards))
@@ -80,9 +80,8 @@ def positions(
             for j in range(done, len(raws)):
                 raw, raws[shuffled[j]] = raws[shuffled[j]], None
                 assert raw is not None
-                drawn += 1
                 within = (first, skip, j + 1) if j + 1 < len(raws) else (*end, 0)
-                yield raw, Place(epoch, *within, drawn)
+                yield raw, Place(epoch, *within)
             (first, skip), done = end, 0
         if empty:
             raise ConfigError(

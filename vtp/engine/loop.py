@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -136,9 +136,33 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
         NonFiniteError: more than `loop.max_skipped` such steps in a row, after the last finite one of which nothing is
             saved; or what is learned itself is not finite when it is to be saved.
         CheckpointError: no checkpoint can be read, or the last one not written.
-        ConfigError: the newest checkpoint is of a later step than `steps`.
+        ConfigError: the newest checkpoint is of a later step than `steps`, or another process trains in `out`.
         SystemExit: code 0 after SIGTERM, 130 after Ctrl-C, both with a checkpoint written.
     """
+    with _alone(out):
+        _train(learner, batches, steps, seed, loop, out, title)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold a folder against other processes; the lock goes with this one, however it ends, and not to its children."""
+    if not dist.is_main():
+        yield
+        return
+    import fcntl  # which Windows does not have
+
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another process trains in {out}; wait for it, end it, or choose another out=") from None
+        except OSError:  # a file system without locks
+            say(f"{out} cannot be locked: start no second run in it")
+        yield
+
+
+def _train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopConfig, out: Path, title: str) -> None:
     folder = out / "checkpoints"
     checkpoints = checkpoint.Checkpoints(folder, loop.keep, loop.keep_every)
     done, seconds, skipped, in_a_row = 0, 0.0, 0, 0

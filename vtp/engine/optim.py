@@ -31,7 +31,7 @@ class OptimConfig:
     clip_grad: float = 1.0  # largest global gradient norm; 0 clips nothing
 
     def __post_init__(self) -> None:
-        within(self, "weight_decay.start weight_decay.end clip_grad", 0)
+        within(self, "lr.peak lr.end weight_decay.start weight_decay.end clip_grad", 0)
         within(self, "betas", 0, 1, below=True)
         within(self, "eps", 0, above=True)
 

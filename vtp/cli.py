@@ -20,9 +20,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `vtp` and `python -m vtp`. A mistake of the user's is one line on stderr and exit code 2."""
     try:
         _run(_parser().parse_args(argv))
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("vtp: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:  # `vtp ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+        raise SystemExit(141) from None
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -42,6 +42,11 @@ def test_transparency_lies_over_white():
     assert (decode(encoded(palette)) == [10, 20, 30]).all()
 
 
+def test_pictures_of_floats_are_refused():
+    with pytest.raises(BadImage, match="floats"):
+        decode(encoded(Image.new("F", (8, 8), 0.5), "TIFF"))
+
+
 @pytest.mark.parametrize("mode", ["L", "LA", "1", "CMYK", "P", "YCbCr"])
 def test_other_modes_become_rgb(mode):
     suffix = "JPEG" if mode in ("CMYK", "YCbCr") else "PNG"

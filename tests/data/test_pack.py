@@ -21,6 +21,29 @@ def folder(tmp_path):
     return tmp_path / "in"
 
 
+def test_packed_shards_keep_every_label(tmp_path):
+    rows = [
+        {"file_name": "a.jpg", "text": ["one", "two"], "scene": "sea", "year": 1999},
+        {"file_name": "b.jpg", "text": "hoo", "scene": "wood", "class": "owl"},
+        {"file_name": "c.jpg", "text": "three"},
+    ]
+    (tmp_path / "in").mkdir()
+    for i, row in enumerate(rows):
+        (tmp_path / "in" / row["file_name"]).write_bytes(picture(i))
+    (tmp_path / "in" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    before = open_source(str(tmp_path / "in"))
+    pack(str(tmp_path / "in"), tmp_path / "out")
+    pack(str(tmp_path / "out"), tmp_path / "again")
+    for folder in ("out", "again"):
+        after = open_source(str(tmp_path / folder))
+        assert after.classes == before.classes and set(after.classes) == {"scene", "year", "class"}
+        kept = [sorted((r.image, r.captions, sorted(r.labels.items())) for r in everything(s)) for s in (before, after)]
+        assert kept[0][0] and kept[0] == kept[1]
+    (tmp_path / "out/labels.json").write_text("[1]")
+    with pytest.raises(ConfigError, match="labels.json beside .*00000.tar is not"):
+        open_source(str(tmp_path / "out"))
+
+
 def test_packed_shards_hold_the_same_samples_in_equal_shards(folder, tmp_path):
     out = tmp_path / "out"
     done = pack(str(folder), out, shard_size=7)

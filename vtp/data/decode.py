@@ -49,6 +49,8 @@ def decode(data: bytes) -> UInt8[ndarray, "h w 3"]:
                 raise BadImage(
                     "too few pixels", f"{image.width} x {image.height}, at least {MIN_SIDE} a side are needed"
                 )
+            if image.mode == "F":
+                raise BadImage("not an image", "its pixels are floats, of no known range")
             return np.array(rgb(_upright(image)))  # a copy that may be written to, as torch wants it
     except Image.DecompressionBombError:
         raise BadImage("too many pixels", f"at most {MAX_PIXELS} are decoded") from None

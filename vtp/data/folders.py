@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vtp.config import ConfigError
 from vtp.data import shards
-from vtp.data.samples import Alone, Folders, Raw, Table, assemble, captions_in, captions_in_json, templates_of, text_of
+from vtp.data.samples import Alone, Folders, Raw, Table, assemble, captions_in, row_of, templates_of, text_of
 from vtp.data.shards import IMAGE_SUFFIXES
 
 SPLITS = frozenset(("train", "val", "valid", "validation", "test"))
@@ -70,7 +70,7 @@ class FolderSource(Alone):
         if self._written:
             text, row = _beside(file)
             captions = captions_in({"text": text_of(text, self.report)}) if text else ()
-            captions = captions or (captions_in_json(row, self.report) if row else ())
+            captions = captions or (captions_in(row_of(row, self.report)) if row else ())
         folder = key.split("/", 1)[0] if "/" in key else None
         yield assemble(key, image, captions, {}, folder, self._folders, self.table, self.report)
 

@@ -21,6 +21,7 @@ from vtp.config import ConfigError
 from vtp.data.decode import BadImage, image_format
 from vtp.data.samples import Raw, Source, left_out
 from vtp.data.sources import fingerprint, open_source
+from vtp.data.tars import LABELS
 from vtp.files import file_sha256
 
 PLAN, SUMS = "pack.json", "SHA256SUMS"
@@ -37,7 +38,8 @@ def pack(
     workers: int = 1,
     progress: Callable[[str, int, int], None] = lambda task, done, total: None,
 ) -> dict[str, Any]:
-    """Write OUT/00000.tar, ..., classes.json where there are classes, and SHA256SUMS (`sha256sum -c` reads it).
+    """Write OUT/00000.tar, ..., classes.json and labels.json where there are classes and other labels, and SHA256SUMS
+    (`sha256sum -c` reads it).
 
     Files are copied as they are; pictures that cannot be decoded are left out. Sources with random access are shuffled,
     others keep their order. A shard is renamed to its name when it is whole, so the same command goes on.
@@ -103,6 +105,9 @@ def pack(
     if "class" in source.classes:
         listed = [{"wnid": str(i), "names": [name]} for i, name in enumerate(source.classes["class"])]
         _write(out / "classes.json", json.dumps(listed, indent=1))
+    others = {label: names for label, names in source.classes.items() if label != "class"}
+    if others:
+        _write(out / LABELS, json.dumps(others, indent=1, ensure_ascii=False))
     broken = sum((Counter(report["left_out"]) for report in reports), Counter())
     return {"shards": shards, "samples": sum(r["samples"] for r in reports), "left_out": dict(broken)}
 

@@ -231,13 +231,14 @@ def captions_in(row: Mapping[str, Any]) -> tuple[str, ...]:
     return ()
 
 
-def captions_in_json(data: bytes, report: Counter[str]) -> tuple[str, ...]:
+def row_of(data: bytes, report: Counter[str]) -> dict[str, Any]:
+    """The JSON object beside a picture; empty where there is none."""
     try:
         row = json.loads(text_of(data, report))
     except (ValueError, RecursionError):
         report["broken json"] += 1
-        return ()
-    return captions_in(row) if isinstance(row, dict) else ()
+        return {}
+    return row if isinstance(row, dict) else {}
 
 
 def text_of(data: bytes, report: Counter[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,13 +18,14 @@ from vtp.data.samples import (
     Table,
     assemble,
     captions_in,
-    captions_in_json,
     ended,
+    row_of,
     templates_of,
     text_of,
 )
 from vtp.data.shards import IMAGE_SUFFIXES
 
+LABELS = "labels.json"  # beside packed shards: {label: its class names}, for the labels in KEY.json
 MAX_CLASSES = 1_000_000  # a larger number in a KEY.cls is none
 _SUFFIXES = frozenset(IMAGE_SUFFIXES)
 
@@ -49,8 +51,9 @@ class TarSource(Alone):
                 + (f"; of the first {len(tried)} could not be read: {n}" if (n := seen["broken shard"]) else "")
             )
         classed = "cls" in first or "/" in first["__key__"]
-        names = shards.beside(self.shards[0], "classes.json") if classed else None
-        scanned = names is None and not shards.REMOTE.match(self.shards[0])
+        far = shards.REMOTE.match(self.shards[0])  # and is asked for no more than is likely there
+        names = shards.beside(self.shards[0], "classes.json") if classed or not far else None
+        scanned = names is None and not far
         folders: Iterable[str] = ()
         if scanned and self.table is None and not {"txt", "json", "cls"} & first.keys() and "/" in first["__key__"]:
             folders = _scan(self.shards, lambda name, _: name.split("/")[-2] if "/" in name else None)
@@ -61,7 +64,11 @@ class TarSource(Alone):
         if scanned and "cls" in first and "class" not in classes:
             found = _scan(self.shards, lambda name, text: text().strip() if name.endswith(".cls") else None)
             classes["class"] = _numbered(set(found), self.name)
+        listed = shards.beside(self.shards[0], LABELS) if "json" in first else None
+        named = _labels(listed, f"{LABELS} beside {self.shards[0]}")
+        classes = {label: names for label, names in named.items() if label not in classes} | classes
         self.classes = classes | self._folders.classes
+        self._columns = {label: {name: i for i, name in enumerate(names)} for label, names in named.items()}
         words = self._folders.index or {name: i for i, name in enumerate(classes.get("class", ()))}
         self._words = {name: i for name, i in words.items() if not name.isdigit()}
         self.templates = templates_of(self.classes)
@@ -87,9 +94,11 @@ class TarSource(Alone):
             captions: tuple[str, ...] = ()
             if "txt" in member:
                 captions = captions_in({"text": text_of(member["txt"], self.report)})
-            if not captions and "json" in member:
-                captions = captions_in_json(member["json"], self.report)
             labels = {}
+            if "json" in member and (self._columns or not captions):
+                row = row_of(member["json"], self.report)
+                captions = captions or captions_in(row)
+                labels = {c: index[str(row[c])] for c, index in self._columns.items() if str(row.get(c)) in index}
             if "cls" in member:
                 word = member["cls"].strip().decode(errors="replace")
                 number = self._words.get(word, int(word) if word.isdecimal() and len(word) < 10 else -1)
@@ -100,6 +109,16 @@ class TarSource(Alone):
             key = member["__key__"]
             folder = key.split("/")[-2] if "/" in key else None
             yield assemble(key, image, captions, labels, folder, self._folders, self.table, self.report)
+
+
+def _labels(listed: bytes | None, file: str) -> dict[str, tuple[str, ...]]:
+    """The labels that KEY.json files hold besides the class, with their class names."""
+    if listed is None:
+        return {}
+    try:
+        return {label: tuple(map(str, names)) for label, names in json.loads(listed).items()}
+    except (ValueError, RecursionError, AttributeError, TypeError) as error:
+        raise ConfigError(f'{file} is not {{"label": ["name", ...], ...}} ({error!r})') from None
 
 
 def _numbered(found: set[str], data: str) -> tuple[str, ...]:

@@ -289,6 +289,19 @@ def test_a_disk_that_goes_late_in_a_run_stops_it_soon(tmp_path, monkeypatch):
             next(stream)
 
 
+def test_few_broken_samples_never_stop_a_run(tmp_path, monkeypatch):
+    """Not in any window of it: neither evenly spread ones nor a shard of them, first or late."""
+    monkeypatch.setattr("vtp.data.loader._WINDOW", 200)
+    for s in range(20):
+        bad = [s in (4, 13) or (s + i) % 9 == 0 for i in range(24)]
+        write_tar(tmp_path / f"{s:02d}.tar", [(f"{s}_{i}.jpg", b"" if b else picture(i)) for i, b in enumerate(bad)])
+    for seed in range(4):
+        stream = loader(open_source(str(tmp_path)), BatchConfig(clip=0, ssl=0, rec=5), shuffle=16, seed=seed)
+        for _ in range(250):
+            next(stream)
+        assert stream.report["empty file"] > 200
+
+
 def test_one_bad_shard_of_many_does_not_stop_a_run(tmp_path):
     for s in range(20):
         members = [(f"{s}_{i}.jpg", b"" if s in (3, 11) else picture(i)) for i in range(30)]

@@ -166,8 +166,8 @@ def test_annotations_of_other_pictures_are_named(tmp_path, caplog):
     notes.write_text(json.dumps({"key": "b", "text": "t"}))
     source = open_source(f"{tmp_path}::scenes", str(notes))
     assert caplog.messages == [
-        f"{notes} has no line for any of the first pictures of {tmp_path}::scenes; its key is a picture's name, "
-        "without suffix or folder if you like"
+        f"{notes} has no line for any of the first pictures of {tmp_path}::scenes: the key of a line is a picture's "
+        "name, with or without its folder and suffix"
     ]
     assert source.report == {}
     notes.write_text(json.dumps({"key": "a", "text": "t"}))

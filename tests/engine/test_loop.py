@@ -114,9 +114,9 @@ def test_a_folder_is_trained_in_by_one_process(tmp_path):
     """The lock goes with its process, killed or not, though its children live on."""
     holds = """
 import os, sys, time
-from pathlib import Path
-from vtp.engine.loop import _alone
-with _alone(Path(sys.argv[1])):
+from vtp.engine.loop import open_run
+from tests.engine.test_loop import Config
+with open_run(Config(out=sys.argv[1]), "auto"):
     if os.fork() == 0:
         time.sleep(60)
     print(flush=True)
@@ -125,10 +125,11 @@ with _alone(Path(sys.argv[1])):
     with subprocess.Popen([sys.executable, "-c", holds, tmp_path], stdout=subprocess.PIPE, process_group=0) as other:
         other.stdout.readline()
         with pytest.raises(ConfigError, match=f"another process trains in {tmp_path}"):
-            train(Line(), Counting(), 4, 0, LOOP, tmp_path, "t")
+            opened(Config(out=str(tmp_path), width=8), "auto")
+        assert "width: 4" in (tmp_path / "config.yaml").read_text()
         other.kill()
         other.wait()
-        train(Line(), Counting(), 4, 0, LOOP, tmp_path, "t")
+        opened(Config(out=str(tmp_path)), "auto")
         os.killpg(other.pid, signal.SIGKILL)
 
 
@@ -254,21 +255,26 @@ def test_metrics_after_the_checkpoint_are_dropped_and_a_cut_line_is_tolerated(tm
     assert steps == sorted(set(steps)) and steps[-1] == 20
 
 
+def opened(*args, **options):
+    with open_run(*args, **options) as out:
+        return out
+
+
 def test_a_run_folder_refuses_another_configuration_unless_told(tmp_path, capsys):
     cfg = Config(out=str(tmp_path / "run"))
-    open_run(cfg, "auto")
-    open_run(Config(out=cfg.out, width=8), "auto")  # nothing was learned yet
-    open_run(cfg, "auto")
+    opened(cfg, "auto")
+    opened(Config(out=cfg.out, width=8), "auto")  # nothing was learned yet
+    opened(cfg, "auto")
     (tmp_path / "run/checkpoints/step_0000001").mkdir(parents=True)
-    open_run(Config(out=cfg.out, workers=3), "auto", ignore=("workers",))
+    opened(Config(out=cfg.out, workers=3), "auto", ignore=("workers",))
     with pytest.raises(ConfigError, match="another configuration .width: 4 -> 8."):
-        open_run(Config(out=cfg.out, width=8), "auto", ignore=("workers",))
-    open_run(Config(out=cfg.out, width=8, workers=3), "anyway", ignore=("workers",))
+        opened(Config(out=cfg.out, width=8), "auto", ignore=("workers",))
+    opened(Config(out=cfg.out, width=8, workers=3), "anyway", ignore=("workers",))
     said = capsys.readouterr().err
     assert "width: 4 -> 8" in said and "workers: 0 -> 3" in said
     cfg = Config(out=cfg.out, width=8)
     with pytest.raises(ConfigError, match="already holds a run"):
-        open_run(cfg, "never")
+        opened(cfg, "never")
 
 
 def test_decay_is_for_matrices_only():
@@ -337,6 +343,17 @@ def test_what_a_line_says_of_the_machine(tmp_path):
 def test_a_reader_that_is_missing_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"loop.wandb=true needs .*pip install 'vtp\[wandb\]'"):
+        train(Line(), Counting(), 1, 0, LoopConfig(wandb=True), tmp_path, "t")
+
+
+def test_a_key_that_is_missing_is_one_clear_error(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def init(**_):
+        raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
+
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(ConfigError, match="loop.wandb=true: No API key configured.*or set WANDB_MODE=offline"):
         train(Line(), Counting(), 1, 0, LoopConfig(wandb=True), tmp_path, "t")
 
 

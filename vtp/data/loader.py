@@ -31,7 +31,7 @@ from vtp.data.views import BatchConfig, ViewsConfig, check
 
 log = logging.getLogger(__name__)
 _FORMAT = 2  # of what state_dict returns
-_WINDOW = 100_000  # samples; a run of days must not outweigh a disk that is gone
+_WINDOW = 100_000  # samples on which a run is judged; its good days must not outweigh a disk that is gone
 _PATIENCE = 20_000  # unusable samples in a row: twice the largest usual shard
 
 
@@ -95,7 +95,7 @@ class Loader:
         self._reports: dict[int, dict[str, int]] = {}
         self._before: Counter[str] = Counter()  # of all ranks before this process began
         self._saved: Counter[str] = Counter()  # of all ranks when the state was last saved
-        self._judged: Counter[str] = Counter()  # what is behind us and was found well
+        self._reset_window()
         self._next = 0
 
     def __iter__(self) -> Loader:
@@ -111,8 +111,7 @@ class Loader:
         worker = batch.cursor.worker
         self._dataset.cursors[worker] = batch.cursor
         self._reports[worker] = batch.report
-        if left_out(batch.report):
-            self._check_share()
+        self._check_share(batch.cursor)
         self._next = (worker + 1) % self._makers
         return batch
 
@@ -129,19 +128,30 @@ class Loader:
         """The same over all ranks since the run began; where there are several, as of the last `state_dict`."""
         return self._before + self.report if dist.world_size() == 1 else self._saved
 
-    def _check_share(self) -> None:
-        """Over all workers: a single one may have begun with the one bad shard of many."""
-        report = self.report - self._judged
-        broken = left_out(report) + Counter({LOST: report[LOST]})
-        samples = report["samples"] + report[LOST]
+    def _reset_window(self) -> None:
+        self._since: list[Counter[str]] = [Counter()]  # reports; what came after the first is judged
+        self._begun: dict[int, Cursor] = {}  # where each worker stood
+
+    def _check_share(self, cursor: Cursor) -> None:
+        """Over all workers, and not before half a window, or all the data, was seen: one bad shard of many may be the
+        first."""
+        begun = self._begun.setdefault(cursor.worker, cursor).places
+        seen = self.report - self._since[0]
+        samples = seen["samples"] + seen[LOST]
+        whole = all(now[:3] >= (then.epoch + 1, *then[1:3]) for now, then in zip(cursor.places, begun, strict=True))
+        if samples < _WINDOW // 2 and not whole:
+            return
+        broken = left_out(seen) + Counter({LOST: seen[LOST]})
         if broken.total() >= 20 and broken.total() > self._max_broken * samples:
             reasons = ", ".join(f"{n} {reason}" for reason, n in broken.most_common())
             raise ConfigError(
                 f"{' and '.join(self._names)}: {broken.total()} of {samples} samples cannot be used "
                 f"({reasons}), more than the share {self._max_broken} that a run bears; mend the data"
             )
-        if samples >= _WINDOW:
-            self._judged = self.report
+        if samples >= _WINDOW // 2 and len(self._since) == 1:
+            self._since.append(self.report)
+        elif samples >= _WINDOW:
+            self._since = [self._since[1], self.report]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, the same on every rank: the positions of all ranks behind the last consumed batch.
@@ -186,7 +196,8 @@ class Loader:
                 "by resume=anyway it is begun at its first epoch"
             )
         self.close()
-        self._reports, self._judged = {}, Counter()
+        self._reports = {}
+        self._reset_window()
         self._before, self._saved = Counter(state["report"]), Counter(state["report"])
         if changed:
             log.warning("%s: other data than before, begun at its first epoch", " and ".join(self._names))
@@ -352,4 +363,4 @@ class _Batches(IterableDataset[Batch]):
             misses += 1
             if misses == _PATIENCE or all(p.epoch > old.epoch + 1 for p, old in zip(places, since, strict=True)):
                 reasons = ", ".join(f"{n} {reason}" for reason, n in left_out(report).most_common())
-                raise ConfigError(f"{draw.source.name}: {misses} samples in a row cannot be used ({reasons})")
+                raise ConfigError(f"{sources[i].name}: {misses} samples in a row cannot be used ({reasons})")

@@ -158,7 +158,7 @@ def _samples(shard: str, report: Counter[str]) -> Iterator[dict[str, Any]]:
                 keys.add(sample["__key__"])
                 held = sample
     if not tail.first.startswith(PACKED) and tail.last.strip(b"\0"):
-        raise tarfile.ReadError("no end mark")
+        raise tarfile.ReadError("cut short, it has no end mark")
     if held is not None:
         yield held
 

@@ -54,8 +54,8 @@ def open_source(data: str, annotations: str | None = None) -> Source:
         noted = [(part, table) for part, _ in source.parts if (table := getattr(part, "table", None))]
         if not any(table.find(raw.key) for part, table in noted for raw in head(part, 100)):
             log.warning(
-                "%s has no line for any of the first pictures of %s; its key is a picture's name, without suffix "
-                "or folder if you like",
+                "%s has no line for any of the first pictures of %s: the key of a line is a picture's name, with or "
+                "without its folder and suffix",
                 annotations,
                 data,
             )

@@ -59,8 +59,9 @@ class BatchConfig:
     rec: int = 64
 
     def __post_init__(self) -> None:
-        if min(self.clip, self.ssl, self.rec) < 0 or self.pairs == 0:
-            raise ConfigError(f"batch sizes must not be negative nor all zero, but are {self}")
+        within(self, "clip ssl rec", 0)
+        if self.pairs == 0:
+            raise ConfigError("batch.clip, batch.ssl and batch.rec are all 0; there is nothing to learn from")
 
     @property
     def pairs(self) -> int:

@@ -146,9 +146,12 @@ class _Wandb:
         saved = run / "config.yaml"
         config = OmegaConf.to_container(OmegaConf.load(saved)) if saved.is_file() else None
         quiet = wandb.Settings(silent=True)  # it would write across the progress bar
-        self.run = wandb.init(
-            dir=run, name=run.name, id=file.read_text(), resume="allow", config=cast(Any, config), settings=quiet
-        )
+        try:
+            self.run = wandb.init(
+                dir=run, name=run.name, id=file.read_text(), resume="allow", config=cast(Any, config), settings=quiet
+            )
+        except wandb.Error as error:
+            raise ConfigError(f"loop.wandb=true: {error}; or set WANDB_MODE=offline") from None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)

@@ -80,69 +80,6 @@ class NonFiniteError(RuntimeError):
 CONFIG, NEW_CONFIG = "config.yaml", ".config.yaml.new"
 
 
-def open_run(cfg: Any, resume: str, ignore: tuple[str, ...] = ()) -> Path:
-    """Make or reopen the run folder `cfg.out` and save config.yaml and environment.json in it.
-
-    That of a run to be resumed is replaced by `train`, when its checkpoint was loaded.
-
-    Args:
-        cfg: The program's configuration dataclass, with a field `out`.
-        resume: `auto` continues a run of the same configuration; `never` insists on a new folder; `anyway` continues
-            with another configuration and says what has changed.
-        ignore: Keys in which a resumed run may differ.
-
-    A run that ended before its first checkpoint (a mistake, a loss that was never finite) has nothing to keep: the
-    corrected command may use its folder.
-
-    Raises:
-        ConfigError: the folder holds a run with another configuration (the differences are listed), or is not to be
-            resumed.
-    """
-    out = Path(cfg.out)
-    saved = out / CONFIG
-    resumed = False
-    if saved.is_file() and any((out / "checkpoints").glob("*step_*")):
-        if resume == "never":
-            raise ConfigError(f"{out} already holds a run; choose another out=, delete it, or set resume=auto")
-        before = config.load(saved, type(cfg)())
-        changed = config.differences(before, cfg, ignore=("resume", "out", *ignore))
-        if changed and resume != "anyway":
-            raise ConfigError(
-                f"{out} holds a run with another configuration ({'; '.join(changed)}); choose another out= or delete "
-                "it, or go on with the new one by resume=anyway"
-            )
-        for difference in config.differences(before, cfg, ignore=("resume", "out")):
-            say(f"changed since the run began: {difference}")
-        resumed = True
-    dist.barrier()  # all ranks have looked before one writes
-    if dist.is_main():
-        out.mkdir(parents=True, exist_ok=True)
-        (out / NEW_CONFIG if resumed else saved).write_text(config.dump(cfg))
-        (out / "environment.json").write_text(json.dumps(environment(), indent=2))
-    dist.barrier()
-    return out
-
-
-def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopConfig, out: Path, title: str) -> None:
-    """Run `learner` to `steps` steps, resuming from the newest checkpoint in `out`.
-
-    Step i of rank r draws all its randomness from (seed, r, i), so a resumed run is the uninterrupted run. Ctrl-C and
-    SIGTERM finish the step, save, and leave.
-
-    A step whose loss or gradient is not finite must leave what is learned as it was (`optim.update` does); it is
-    counted in `skipped`, and not in the means of its window.
-
-    Raises:
-        NonFiniteError: more than `loop.max_skipped` such steps in a row, after the last finite one of which nothing is
-            saved; or what is learned itself is not finite when it is to be saved.
-        CheckpointError: no checkpoint can be read, or the last one not written.
-        ConfigError: the newest checkpoint is of a later step than `steps`, or another process trains in `out`.
-        SystemExit: code 0 after SIGTERM, 130 after Ctrl-C, both with a checkpoint written.
-    """
-    with _alone(out):
-        _train(learner, batches, steps, seed, loop, out, title)
-
-
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """Hold a folder against other processes; the lock goes with this one, however it ends, and not to its children."""
@@ -162,7 +99,67 @@ def _alone(out: Path) -> Iterator[None]:
         yield
 
 
-def _train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopConfig, out: Path, title: str) -> None:
+@contextmanager
+def open_run(cfg: Any, resume: str, ignore: tuple[str, ...] = ()) -> Iterator[Path]:
+    """The run folder `cfg.out`, made or reopened and held against other processes while the block runs.
+
+    config.yaml and environment.json are saved in it. The configuration of a run to be resumed is replaced by `train`,
+    when its checkpoint was loaded.
+
+    Args:
+        cfg: The program's configuration dataclass, with a field `out`.
+        resume: `auto` continues a run of the same configuration; `never` insists on a new folder; `anyway` continues
+            with another configuration and says what has changed.
+        ignore: Keys in which a resumed run may differ.
+
+    A run that ended before its first checkpoint (a mistake, a loss that was never finite) has nothing to keep: the
+    corrected command may use its folder.
+
+    Raises:
+        ConfigError: the folder holds a run with another configuration (the differences are listed), or is not to be
+            resumed, or another process trains in it.
+    """
+    out = Path(cfg.out)
+    with _alone(out):
+        saved = out / CONFIG
+        resumed = False
+        if saved.is_file() and any((out / "checkpoints").glob("*step_*")):
+            if resume == "never":
+                raise ConfigError(f"{out} already holds a run; choose another out=, delete it, or set resume=auto")
+            before = config.load(saved, type(cfg)())
+            changed = config.differences(before, cfg, ignore=("resume", "out", *ignore))
+            if changed and resume != "anyway":
+                raise ConfigError(
+                    f"{out} holds a run with another configuration ({'; '.join(changed)}); choose another out= or "
+                    "delete it, or go on with the new one by resume=anyway"
+                )
+            for difference in config.differences(before, cfg, ignore=("resume", "out")):
+                say(f"changed since the run began: {difference}")
+            resumed = True
+        dist.barrier()  # all ranks have looked before one writes
+        if dist.is_main():
+            (out / NEW_CONFIG if resumed else saved).write_text(config.dump(cfg))
+            (out / "environment.json").write_text(json.dumps(environment(), indent=2))
+        dist.barrier()
+        yield out
+
+
+def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopConfig, out: Path, title: str) -> None:
+    """Run `learner` to `steps` steps, resuming from the newest checkpoint in `out`.
+
+    Step i of rank r draws all its randomness from (seed, r, i), so a resumed run is the uninterrupted run. Ctrl-C and
+    SIGTERM finish the step, save, and leave.
+
+    A step whose loss or gradient is not finite must leave what is learned as it was (`optim.update` does); it is
+    counted in `skipped`, and not in the means of its window.
+
+    Raises:
+        NonFiniteError: more than `loop.max_skipped` such steps in a row, after the last finite one of which nothing is
+            saved; or what is learned itself is not finite when it is to be saved.
+        CheckpointError: no checkpoint can be read, or the last one not written.
+        ConfigError: the newest checkpoint is of a later step than `steps`.
+        SystemExit: code 0 after SIGTERM, 130 after Ctrl-C, both with a checkpoint written.
+    """
     folder = out / "checkpoints"
     checkpoints = checkpoint.Checkpoints(folder, loop.keep, loop.keep_every)
     done, seconds, skipped, in_a_row = 0, 0.0, 0, 0
@@ -198,7 +195,7 @@ def _train(learner: Learner, batches: Batches, steps: int, seed: int, loop: Loop
         finite, values = reading.mean()
         for good in finite:
             skipped, in_a_row = skipped + (not good), 0 if good else in_a_row + 1
-            if in_a_row > loop.max_skipped:
+            if in_a_row > loop.max_skipped or skipped == steps:
                 bad = [name for name, value in values.items() if not np.isfinite(value)] or ["a loss or gradient"]
                 raise _stopped(bad, f"in {in_a_row} steps in a row before step {reading.step}", checkpoints)
         now = time.perf_counter()

@@ -44,15 +44,15 @@ def train_dit(cfg: DiTTrainConfig) -> Path:
         raise ConfigError(f"model: {error}") from None
     device = pick_device(cfg.device)
     cfg = replace(cfg, precision=pick_precision(cfg.precision, device))  # a resumed run keeps what this one took
-    out = open_run(cfg, cfg.resume, ignore=ORCHESTRATION)
-    reseed(cfg.seed, 0, 0)  # every rank starts from the same weights
-    reuse_memory(device)
-    learner = DiTLearner(cfg, LightningDiT(shape), latents, device)
-    batches = LatentBatches(latents, cfg.batch_size, cfg.seed, cfg.flip)
-    train(learner, batches, cfg.steps, cfg.seed, cfg.loop, out, title=out.name)
-    if dist.is_main():
-        learner.published().save_pretrained(out / "model")
-        latents.stats.write(out / "model" / "stats.json")
-        console.print(f"published {out / 'model'}")
-    dist.barrier()
-    return out / "model"
+    with open_run(cfg, cfg.resume, ignore=ORCHESTRATION) as out:
+        reseed(cfg.seed, 0, 0)  # every rank starts from the same weights
+        reuse_memory(device)
+        learner = DiTLearner(cfg, LightningDiT(shape), latents, device)
+        batches = LatentBatches(latents, cfg.batch_size, cfg.seed, cfg.flip)
+        train(learner, batches, cfg.steps, cfg.seed, cfg.loop, out, title=out.name)
+        if dist.is_main():
+            learner.published().save_pretrained(out / "model")
+            latents.stats.write(out / "model" / "stats.json")
+            console.print(f"published {out / 'model'}")
+        dist.barrier()
+        return out / "model"

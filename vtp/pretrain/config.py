@@ -111,6 +111,8 @@ class PretrainConfig:
             raise ConfigError("weights: every objective is 0, there is nothing to learn")
         if self.weights.ssl > 0 and self.weights.koleo > 0 and self.batch.ssl == 1:
             raise ConfigError("batch.ssl=1 leaves koleo no neighbour; take at least 2, or set weights.koleo=0")
+        if self.weights.clip > 0 and self.contrast == "clip" and self.batch.clip == 1:
+            raise ConfigError("batch.clip=1 leaves a pair nothing to be told from; take at least 2, or contrast=siglip")
         text = self.model.text
         if self.weights.clip > 0 and (text.no_causal_mask or text.pool_type not in ("argmax", "first")):
             raise ConfigError(

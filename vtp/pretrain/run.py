@@ -40,26 +40,26 @@ def pretrain(cfg: PretrainConfig) -> Path:
     device = pick_device(cfg.device)
     cfg = replace(cfg, precision=pick_precision(cfg.precision, device))  # a resumed run keeps what this one took
     loader = open_loader(cfg, device)
-    out = open_run(cfg, cfg.resume, ignore=ORCHESTRATION)
-    reseed(cfg.seed, 0, 0)  # every rank starts from the same weights
-    reuse_memory(device)
-    learner = PretrainLearner(cfg, device)
-    try:
-        train(learner, loader, cfg.steps, cfg.seed, cfg.loop, out, title=out.name)
-    finally:  # an interrupted run reports as well
-        _report_broken(loader, cfg, out / "data.json")
-    weights = whole(learner.objectives.published(cfg.publish))
-    if dist.is_main():
+    with open_run(cfg, cfg.resume, ignore=ORCHESTRATION) as out:
+        reseed(cfg.seed, 0, 0)  # every rank starts from the same weights
+        reuse_memory(device)
+        learner = PretrainLearner(cfg, device)
         try:
-            publish(learner.objectives.student, out / "tokenizer", weights)
-        except SafetensorError as error:  # a full disk
-            raise CheckpointError(
-                f"{out / 'tokenizer'} could not be written ({error}); the checkpoints are whole: make room, and the "
-                "same command publishes"
-            ) from None
-        console.print(f"published {out / 'tokenizer'}")
-    dist.barrier()
-    return out / "tokenizer"
+            train(learner, loader, cfg.steps, cfg.seed, cfg.loop, out, title=out.name)
+        finally:  # an interrupted run reports as well
+            _report_broken(loader, cfg, out / "data.json")
+        weights = whole(learner.objectives.published(cfg.publish))
+        if dist.is_main():
+            try:
+                publish(learner.objectives.student, out / "tokenizer", weights)
+            except SafetensorError as error:  # a full disk
+                raise CheckpointError(
+                    f"{out / 'tokenizer'} could not be written ({error}); the checkpoints are whole: make room, and "
+                    "the same command publishes"
+                ) from None
+            console.print(f"published {out / 'tokenizer'}")
+        dist.barrier()
+        return out / "tokenizer"
 
 
 def open_loader(cfg: PretrainConfig, device: torch.device) -> Loader:

@@ -77,7 +77,7 @@ def test_views_that_are_not_made_are_not_checked():
 def test_impossible_values_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         ViewsConfig(**wrong)
-    with pytest.raises(ConfigError, match="batch sizes"):
+    with pytest.raises(ConfigError, match="are all 0"):
         BatchConfig(clip=0, ssl=0, rec=0)
 
 

@@ -163,5 +163,5 @@ def test_dinov2s_probabilities():
     "wrong", [{"hue": 0.7}, {"brightness": -0.1}, {"blur_sigma": (0.0, 1.0)}, {"clip_jitter": 2.0}]
 )
 def test_impossible_values_are_refused(wrong):
-    with pytest.raises(ConfigError, match=f"augment.{next(iter(wrong))}"):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
         AugmentConfig(**wrong)

@@ -3,7 +3,8 @@
     PEERS_SRC=DIR python benchmarks/tokenizer.py
 
 DIR/MiniMax-AI+VTP is a checkout of upstream; without PEERS_SRC its lines are left out, as are those of diffusers where
-it is not installed. VTP-S at 256 px in batches of 8 on 2 cores, random weights, the same in both; bf16 is autocast.
+it is not installed. VTP-S at 256 px in batches of 8 on 2 cores, random weights, the same in both; bf16 is autocast;
+upstream is not compiled.
 Rates are medians of rounds, ratios medians of the rounds' ratios. Memory is what one encode adds to the peak of a fresh
 process that has loaded the model (Linux).
 """
@@ -114,6 +115,10 @@ def beside_upstream(source: Path, precision: str, images: Tensor) -> None:
         name = f"VTP-S {name}, {precision}"
         check(*(measured(run, precision)[1] for run in pair), TOLERANCE[precision], name)
         rates(name, alternate(*pair, precision, ROUNDS), (BATCH, BATCH), UPSTREAM)
+        compiled = torch.compile(pair[0].func)
+        pair = [partial(compiled, *pair[0].args), pair[1]]
+        check(*(measured(run, precision)[1] for run in pair), TOLERANCE[precision], name)
+        rates(f"{name}, torch.compile", alternate(*pair, precision, ROUNDS), (BATCH, BATCH), UPSTREAM)
 
 
 def beside_sd_vae(precision: str, images: Tensor) -> None:

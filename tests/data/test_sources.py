@@ -89,6 +89,17 @@ def test_flat_folder_with_metadata(tmp_path):
     assert source.report == {"samples": 4, "unreadable file": 1}
 
 
+def test_the_first_picture_may_lack_the_caption_that_others_have(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            (tmp_path / name / f"{i}.jpg").write_bytes(picture(i))
+            if (name, i) != ("a", 0):
+                (tmp_path / name / f"{i}.txt").write_text(f"{name} {i}")
+    source = open_source(str(tmp_path))
+    assert source.classes == {} and [r.captions for r in everything(source)][:2] == [(), ("a 1",)]
+
+
 def test_pictures_without_anything(tmp_path):
     (tmp_path / "a.png").write_bytes(picture(0, "PNG"))
     (raw,) = everything(open_source(str(tmp_path)))

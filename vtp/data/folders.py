@@ -43,7 +43,8 @@ class FolderSource(Alone):
         if folders and set(folders) <= SPLITS and all(f.count("/") > 1 for f in self.files):
             raise ConfigError(f"{root} holds splits, not classes; name one of them, as in {root / folders[0]}")
         # The captions of img2dataset's "files" and of many others: KEY.txt or KEY.json beside KEY.jpg.
-        self._written = self.table is None and any(_beside(root / self.files[0]))
+        some = self.files[:: max(1, len(self.files) // 100)]
+        self._written = self.table is None and any(any(_beside(root / file)) for file in some)
         folders = folders if len(folders) > 1 and not self._written else []  # of one, or with captions: places
         names = root / "classes.json"
         self._folders = Folders.named(folders, names.read_bytes() if names.is_file() else None, str(names))

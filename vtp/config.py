@@ -140,7 +140,7 @@ def _merge(conf: DictConfig, layer: DictConfig, said: str = "") -> DictConfig:
         key = next((leaf for leaf in _flat(OmegaConf.to_container(layer)) if _below(leaf, [key])), key)
         raise ConfigError(_unknown(key, conf)) from None
     except (OmegaConfBaseException, TypeError) as error:
-        raise ConfigError(said + _one_line(error)) from None
+        raise ConfigError(_one_line(error, said)) from None
 
 
 def _unknown(key: str, conf: DictConfig) -> str:
@@ -159,11 +159,13 @@ def _unknown(key: str, conf: DictConfig) -> str:
     return f"unknown key '{key}'; the keys are {', '.join(k for k in keys if k.rpartition('.')[0] == room)}"
 
 
-def _one_line(error: Exception) -> str:
-    """OmegaConf's message without the lines about its own types."""
+def _one_line(error: Exception, said: str = "") -> str:
+    """OmegaConf's message without the lines about its own types, behind the word that was said or else the key."""
     lines = [line.strip() for line in str(error).splitlines()]
-    text = "; ".join(line for line in lines if line and not line.startswith(("object_type", "reference_type")))
-    return text.replace("Value '$VALUE' of type '$VALUE_TYPE'", "a value")
+    own = ("object_type", "reference_type", "full_key")
+    text = "; ".join(line for line in lines if line and not line.startswith(own))
+    key = getattr(error, "full_key", None)
+    return (said or (f"{key}: " if key else "")) + text.replace("Value '$VALUE' of type '$VALUE_TYPE'", "a value")
 
 
 def _unfreeze(conf: Any) -> None:

@@ -44,7 +44,7 @@ def decode(data: bytes) -> UInt8[ndarray, "h w 3"]:
             warnings.simplefilter("ignore")  # PIL warns of large pictures and odd metadata; the size is checked here
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
-                raise BadImage("too many pixels", f"{image.width} x {image.height}, at most {MAX_PIXELS} are decoded")
+                raise BadImage("too many pixels", f"{image.width} x {image.height}, at most {MAX_PIXELS:,} are decoded")
             if min(image.size) < MIN_SIDE:
                 raise BadImage(
                     "too few pixels", f"{image.width} x {image.height}, at least {MIN_SIDE} a side are needed"
@@ -53,7 +53,7 @@ def decode(data: bytes) -> UInt8[ndarray, "h w 3"]:
                 raise BadImage("not an image", "its pixels are floats, of no known range")
             return np.array(rgb(_upright(image)))  # a copy that may be written to, as torch wants it
     except Image.DecompressionBombError:
-        raise BadImage("too many pixels", f"at most {MAX_PIXELS} are decoded") from None
+        raise BadImage("too many pixels", f"at most {MAX_PIXELS:,} are decoded") from None
     except UnidentifiedImageError:
         raise BadImage("not an image") from None
     except BadImage:

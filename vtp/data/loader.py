@@ -77,8 +77,8 @@ class Loader:
         self._streams = self._makers * dist.world_size()
         draws = _draws(source, others, batch, views)
         for draw in draws:
-            _check_source(draw.source, captions=draw.captions)
             for part, _ in draw.source.parts:
+                _check_source(part, captions=draw.captions)
                 if part.random_access and len(part.shards) < self._streams:
                     raise ConfigError(
                         f"{part.name} has {len(part.shards)} pictures for {self._streams} "
@@ -256,7 +256,7 @@ def _check_source(source: Source, captions: bool) -> None:
     raise ConfigError(
         f"{source.name} has no captions, which the clip objective learns from; give each picture a text "
         '(metadata.jsonl: {"file_name": ..., "text": ...}; shards: KEY.txt or KEY.json), give annotations=FILE.jsonl, '
-        "or switch the objective off with weights.clip=0"
+        "name the data as ssl_data= or rec_data= instead, or switch the objective off with weights.clip=0"
     )
 
 

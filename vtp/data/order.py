@@ -70,7 +70,13 @@ def positions(
         order = np.random.default_rng([seed, EPOCH, epoch]).permutation(len(source.shards))
         samples = _epoch(source, size, order, epoch, (stream, streams), first, skip, past)
         empty = first == skip == done == 0 and epoch > seen_in_part
-        while held := list(islice(samples, block)):
+        while True:
+            before = source.report.copy()
+            held = list(islice(samples, block))
+            if not held:
+                break
+            if done:  # the block was counted when it was read the first time
+                _restore(source.report, before)
             empty = False
             key = [seed, BLOCK, stream, epoch, first, skip]
             shuffled = np.random.default_rng(key).permutation(len(held)).tolist() if block > 1 else [0]

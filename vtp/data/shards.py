@@ -106,6 +106,7 @@ def members(shard: str, report: Counter[str], *, patient: bool = True) -> Iterat
     `RETRY_AFTER` if `patient`; what is not there, and a local file that is cut short, is not.
     """
     given = 0
+    broken = (tarfile.TarError, OSError, EOFError, HTTPException)  # a name of this module is gone at the exit of Python
     for pause in (*(RETRY_AFTER if patient else ()), None):
         counted: Counter[str] = Counter()
         try:
@@ -115,7 +116,7 @@ def members(shard: str, report: Counter[str], *, patient: bool = True) -> Iterat
                     yield sample
             report.update(counted)
             return
-        except (tarfile.TarError, OSError, EOFError, HTTPException) as error:
+        except broken as error:
             if pause is None or _lasting(error) or (isinstance(error, tarfile.TarError) and not REMOTE.match(shard)):
                 tell(shard, given, error)
                 report.update(counted)

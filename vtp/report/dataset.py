@@ -47,7 +47,8 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """What the terminal and the page show: (name, text)."""
 
     def spread(values: dict[str, float] | None) -> str:
-        return "none" if values is None else ", ".join(f"{name} {value:g}" for name, value in values.items())
+        shown = [f"{name} {value:,.2f}".removesuffix(".00") for name, value in (values or {}).items()]
+        return ", ".join(shown) or "none"
 
     def listed(counts: dict[Any, int]) -> str:
         return ", ".join(f"{name}: {n:,}" for name, n in counts.items())
@@ -55,7 +56,7 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     found = [
         ("samples read", f"{summary['samples']:,}" + ("" if summary["whole"] else " (a part)")),
         ("usable pictures", f"{summary['usable']:,}, {summary['mean_kilobytes']:,} kB on average"),
-        ("left out", listed(summary["left_out"]) or "none"),
+        ("samples or files left out", listed(summary["left_out"]) or "none"),
         ("counted, but kept", listed(summary["kept"]) or "none"),
         ("same bytes as another", f"{summary['repeated']:,}"),
         ("width", spread(summary["width"])),

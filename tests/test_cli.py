@@ -4,6 +4,7 @@ import argparse
 import errno
 
 import pytest
+import torch
 from PIL import Image
 from safetensors import SafetensorError
 
@@ -121,3 +122,11 @@ def test_a_full_disk_is_one_line(error, line, inputs, tmp_path, monkeypatch, cap
         main(["export", inputs["TOKENIZER"], "--out", str(tmp_path)])
     said = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and said[-1] == line
+
+
+def test_too_little_memory_is_one_line(inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("vtp.models.export.export", lambda *_, **__: torch.empty(10**15))
+    with pytest.raises(SystemExit) as stop:
+        main(["export", inputs["TOKENIZER"], "--out", str(tmp_path)])
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "allocate" in said and "a smaller batch" in said

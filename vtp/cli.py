@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vtp.files import FULL
 from vtp.recipes import DITS, PRETRAIN
@@ -49,9 +49,20 @@ def _run(args: argparse.Namespace) -> None:
             text = f"{error.strerror} while writing; make room and try again"
         elif isinstance(error, OSError):  # not about a file: nothing that a user can mend
             raise
-        rank = os.environ.get("RANK", "0")
-        print(f"vtp{'' if rank == '0' else f' (rank {rank})'}: {text}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _refuse(text)
+    except RuntimeError as error:
+        lacking = [
+            line for line in str(error).splitlines() if "out of memory" in line or "can't allocate memory" in line
+        ]
+        if not lacking:
+            raise
+        _refuse(f"{lacking[0].strip()} Use a smaller batch; in training, parallel.recompute=true needs less, too")
+
+
+def _refuse(text: str) -> NoReturn:
+    rank = os.environ.get("RANK", "0")
+    print(f"vtp{'' if rank == '0' else f' (rank {rank})'}: {text}", file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 def _parser() -> argparse.ArgumentParser:

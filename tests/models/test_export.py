@@ -109,6 +109,9 @@ def test_onnx_programs(tmp_path):
     assert {file.name for file in files} == {f"{name}.onnx" for name in METHODS}
     assert json.loads((tmp_path / "out/config.json").read_text())["rope_dtype"] == "fp32"
     compare(files, onnx_program, VTPModel.from_pretrained(folder, rope_dtype="fp32"), 1e-5)
+    encoder = onnxruntime.InferenceSession(files[0], providers=["CPUExecutionProvider"])
+    assert encoder.get_inputs()[0].shape == ["batch", 3, "4*rows", "4*columns"]
+    assert encoder.get_outputs()[0].shape[2:] == ["rows", "columns"]
 
 
 def test_a_program_holds_the_weights_it_reads_and_no_others(folders):

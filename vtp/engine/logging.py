@@ -10,6 +10,7 @@ import shlex
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
@@ -179,6 +180,9 @@ def environment() -> dict[str, Any]:
     """What a figure depends on besides the configuration: versions, hardware, command, start."""
     names = ("vtp", "torch", "torchvision", "transformers", "numpy", "pillow", "webdataset", "omegaconf")
     versions = {name: metadata.version(name) for name in names}
+    for name in ("diffusers", "torch-fidelity", "lpips", "datasets"):
+        with suppress(metadata.PackageNotFoundError):  # extras
+            versions[name] = metadata.version(name)
     return {
         "command": shlex.join(["vtp", *sys.argv[1:]]),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -9,6 +9,7 @@ Images are ImageNet-normalised, sides multiples of the patch size and at least t
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 import warnings
 from importlib.util import find_spec
@@ -25,6 +26,7 @@ from vtp.models.published import open_tokenizer, published_stats
 Format = Literal["torch", "onnx"]
 SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}
 OPSET = 20
+_SYMBOL = re.compile(r"\bs\d+\b")
 TEXT_PARTS = ("token_embedding", "positional_embedding", "text_transformer", "ln_final", "text_projection")
 
 
@@ -124,4 +126,15 @@ def _write(model: nn.Module, program: Program, file: Path, format: Format) -> No
             exported, input_names=[given], output_names=[returned], opset_version=OPSET, dynamo=True, verbose=False
         )
     assert onnx is not None  # it is, for dynamo=True
+    _name_dims(onnx.model.graph, program.dims)
     onnx.save(file)  # with the weights, up to the 2 GB that one file can hold; beyond, they lie in a file beside it
+
+
+def _name_dims(graph: Any, dims: dict[int, Any]) -> None:
+    """Call the dimensions that may change by our names; the exporter numbers them, as s77."""
+    given = graph.inputs[0].shape
+    named = {_SYMBOL.findall(str(given[i]))[0]: re.findall("[a-z]+", dim.__name__)[0] for i, dim in dims.items()}
+    for value in (*graph.inputs, *graph.outputs, *(output for node in graph for output in node.outputs)):
+        for i, dim in enumerate(value.shape or ()):
+            if not isinstance(dim, int):
+                value.shape[i] = _SYMBOL.sub(lambda found: named.get(found[0], found[0]), str(dim))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -41,6 +42,7 @@ def profile_step(cfg: PretrainConfig, out: Path, steps: int) -> Group:
     reuse_memory(device)
     learner = PretrainLearner(cfg, device)
     stream = iter(loader)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # where there is no GPU it calls that an error
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
 
     def step(i: int) -> None:

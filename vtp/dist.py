@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as td
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 @contextmanager
@@ -72,6 +73,15 @@ def sum_(x: Tensor) -> Tensor:
     if world_size() > 1:
         td.all_reduce(x)
     return x
+
+
+def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The part of each that this rank holds, sharing its memory; of what is not sharded, all.
+
+    For updates of every step: DTensor keeps, for ever, how it dealt with each value of a number that changes, such as a
+    learning rate, and with each plain tensor beside its own.
+    """
+    return [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
 
 
 def barrier() -> None:

@@ -1,5 +1,6 @@
 """Two ranks with half of a batch each learn what one process learns from all of it, by DDP and by FSDP2."""
 
+import gc
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from vtp import config
 from vtp.data.loader import Loader
@@ -88,6 +90,25 @@ def test_two_ranks_learn_what_one_learns(setting, two_ranks, parallel, centering
             if name == "ideal_seconds":  # at the rate that this process measured
                 continue
             assert value == pytest.approx(sum(o[name] for o in others) / 2, rel=1e-5, abs=1e-5), name
+
+
+def kept_on_rank(rank, cfg, parts):
+    """How many tensors' layouts torch remembers after each step."""
+    learner_module.finish = lambda batch, *_: batch
+    learner = PretrainLearner(cfg, torch.device("cpu"))
+    kept = []
+    for i, part in enumerate(parts):
+        learner.step(half(part, rank), i + 1)
+        gc.collect()
+        kept.append(sum(type(thing) is DTensorSpec for thing in gc.get_objects()))
+    return kept
+
+
+def test_sharded_steps_leave_nothing_behind(setting, two_ranks):
+    cfg, data = setting
+    cfg = replace(cfg, batch=replace(cfg.batch, clip=4, ssl=3, rec=2), parallel=ParallelConfig(shard=True))
+    for _, _, second, *later in two_ranks(kept_on_rank, cfg, data * 2):
+        assert later == [second] * 3
 
 
 def raw_batches(cfg):
@@ -177,6 +198,7 @@ def test_a_checkpoint_goes_from_one_rank_to_two_and_back(setting, two_ranks, tmp
         assert torch.equal(x, on_two[name]) and torch.equal(x, on_one[name]), name
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_rank_under_torchrun(tiny, tmp_path):
     """The ranks agree on a step, save, say how to go on, and all exit with 0: torchrun's is 0."""
     cfg = replace(tiny, steps=100_000, loop=replace(tiny.loop, save_every=5))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from vtp import dist
 from vtp.config import ConfigError, within
 from vtp.engine.logging import say
 from vtp.schedules import Ramp, WarmupCosine
@@ -42,7 +43,17 @@ def adamw(parameters: Iterable[tuple[str, nn.Parameter]], cfg: OptimConfig) -> t
     decay = [p for name, p in named if p.squeeze().ndim >= 2]
     rest = [p for name, p in named if p.squeeze().ndim < 2]
     groups = [{"params": decay, "decay": 1.0}, {"params": rest, "decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=cfg.betas, eps=cfg.eps, weight_decay=0.0, fused=True)
+    return _AdamW(groups, lr=0.0, betas=cfg.betas, eps=cfg.eps, weight_decay=0.0, fused=True)
+
+
+class _AdamW(torch.optim.AdamW):
+    """torch's, on the shards that a rank holds instead of on DTensors; see `dist.shards`."""
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        is_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = dist.shards(tensors)
+        return is_complex
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, cfg: OptimConfig, images: int, total: int) -> float:
@@ -60,11 +71,11 @@ def update(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], cli
     for the device to know.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm(grads)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    norm = nn.utils.get_total_norm([g for g in grads if not isinstance(g, DTensor)])
+    if sharded := dist.shards(g for g in grads if isinstance(g, DTensor)):
+        norm = (norm.square() + dist.sum_(nn.utils.get_total_norm(sharded).square())).sqrt()
     if clip_grad > 0:
-        torch._foreach_mul_(grads, (clip_grad / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_(dist.shards(grads), (clip_grad / (norm + 1e-6)).clamp(max=1.0))
     optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # AdamW's fused kernel reads it
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -124,8 +135,6 @@ def pick_device(name: str) -> torch.device:
     Raises:
         ConfigError: a device that torch does not know, or that is not there.
     """
-    from vtp.dist import local_rank
-
     if name != "auto":
         try:
             device = torch.device(name)
@@ -134,4 +143,4 @@ def pick_device(name: str) -> torch.device:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"device={name} cannot be used ({reason}); use auto, cpu or cuda") from None
         return device
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", dist.local_rank()) if torch.cuda.is_available() else torch.device("cpu")

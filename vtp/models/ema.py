@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import nn
 
+from vtp import dist
+
 
 class EMATeacher(nn.ModuleDict):
     """A frozen deep copy of everything the student is compared with, so equal to it at step 0.
@@ -36,4 +38,4 @@ class EMATeacher(nn.ModuleDict):
                 f"teacher and student differ in the parameters {sorted(ours.keys() ^ theirs.keys())[:5]}; "
                 "make the teacher from the student"
             )
-        torch._foreach_lerp_(list(ours.values()), [theirs[name] for name in ours], 1 - momentum)
+        torch._foreach_lerp_(dist.shards(ours.values()), dist.shards(theirs[name] for name in ours), 1 - momentum)

@@ -308,6 +308,18 @@ def test_captions_beside_pictures_in_folders(tmp_path):
     ]
 
 
+def test_one_caption_among_many_pictures_is_found_and_said_to_end_classes(tmp_path, caplog):
+    for i in range(300):
+        file = tmp_path / "ab"[i % 2] / f"{i}.jpg"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"")
+    assert open_source(str(tmp_path)).classes == {"class": ("a", "b")} and not caplog.text
+    (tmp_path / "b" / "237.txt").write_text("a text")
+    source = open_source(str(tmp_path))
+    assert [raw.captions for raw in everything(source) if raw.captions] == [("a text",)]
+    assert source.classes == {} and "1 of 300 pictures have a text beside them" in caplog.text
+
+
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     for name in "ab":
         (tmp_path / name).mkdir()

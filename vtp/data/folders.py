@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from vtp.data import shards
 from vtp.data.samples import Alone, Folders, Raw, Table, assemble, captions_in, row_of, templates_of, text_of
 from vtp.data.shards import IMAGE_SUFFIXES
 
+log = logging.getLogger(__name__)
 SPLITS = frozenset(("train", "val", "valid", "validation", "test"))
 
 
@@ -32,7 +34,8 @@ class FolderSource(Alone):
             self.table = Table.load(metadata, ("file_name",))
         listed = self.table is not None and self.table.path == metadata
         # A metadata file says which files belong to the set; one that is missing is then a broken sample.
-        self.files = sorted(self.table.labels) if listed and self.table is not None else sorted(_images(root))
+        found, texts = ([], set()) if listed else _walk(root)
+        self.files = sorted(self.table.labels if listed and self.table is not None else found)
         if not self.files:
             raise ConfigError(
                 f"no pictures in {root}: it should hold class folders, a metadata.jsonl with its pictures, "
@@ -43,10 +46,18 @@ class FolderSource(Alone):
         if folders and set(folders) <= SPLITS and all(f.count("/") > 1 for f in self.files):
             raise ConfigError(f"{root} holds splits, not classes; name one of them, as in {root / folders[0]}")
         # The captions of img2dataset's "files" and of many others: KEY.txt or KEY.json beside KEY.jpg.
-        some = self.files[:: max(1, len(self.files) // 100)]
-        self._written = self.table is None and any(any(_beside(root / file)) for file in some)
-        folders = folders if len(folders) > 1 and not self._written else []  # of one, or with captions: places
+        written = 0 if self.table is not None else sum(os.path.splitext(f)[0] in texts for f in self.files)
+        self._written = written > 0
         names = root / "classes.json"
+        if self._written and len(folders) > 1 and written < len(self.files) / 2 and not names.is_file():
+            log.warning(
+                "%s: %d of %d pictures have a text beside them, so its folders are taken for places, not classes; "
+                "remove the texts, or name the classes in a classes.json",
+                root,
+                written,
+                len(self.files),
+            )
+        folders = folders if len(folders) > 1 and not self._written else []  # of one, or with captions: places
         self._folders = Folders.named(folders, names.read_bytes() if names.is_file() else None, str(names))
         self.classes = ({} if self.table is None else self.table.classes) | self._folders.classes
         self.templates = templates_of(self.classes)
@@ -76,9 +87,10 @@ class FolderSource(Alone):
         yield assemble(key, image, captions, {}, folder, self._folders, self.table, self.report)
 
 
-def _images(root: Path) -> Iterator[str]:
-    """Relative paths of the picture files under a folder; hidden files are none of them. Links to folders are followed,
-    but not to one that holds the link.
+def _walk(root: Path) -> tuple[list[str], set[str]]:
+    """Relative paths of the picture files under a folder, and those of texts and JSON without their suffix.
+
+    Hidden files are none of them. Links to folders are followed, but not to one that holds the link.
 
     Raises:
         PermissionError: a folder that cannot be read.
@@ -87,6 +99,7 @@ def _images(root: Path) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise error
 
+    pictures, texts = [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=refuse):
         above = os.path.realpath(folder)
         subfolders[:] = [
@@ -95,8 +108,12 @@ def _images(root: Path) -> Iterator[str]:
             if not s.startswith(".") and not f"{above}/".startswith(f"{os.path.realpath(os.path.join(folder, s))}/")
         ]
         for name in files:
-            if name.lower().endswith(tuple(f".{s}" for s in IMAGE_SUFFIXES)) and not name.startswith("."):
-                yield (Path(folder) / name).relative_to(root).as_posix()
+            stem, suffix = os.path.splitext((Path(folder) / name).relative_to(root).as_posix())
+            if suffix in (".txt", ".json"):
+                texts.add(stem)
+            elif suffix.lower()[1:] in IMAGE_SUFFIXES and not name.startswith("."):
+                pictures.append(stem + suffix)
+    return pictures, texts
 
 
 def _beside(picture: Path) -> tuple[bytes, bytes]:

@@ -107,13 +107,14 @@ class Checkpoints:
             kept = complete(self.folder)
             last = f"{kept[-1]} is intact" if kept else "there is none before it"
             message = f"the checkpoint of step {step} could not be written ({reason}); {last}"
-            console.print(message)
+            console.print(message, markup=False, soft_wrap=True)
             raise CheckpointError(message) from None
 
 
 def complete(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if (path / MANIFEST).is_file())
+    found = (path for path in folder.glob("step_*") if (path / MANIFEST).is_file())
+    return sorted(found, key=lambda path: (len(path.name), path.name))  # names have 7 digits or more
 
 
 def newest(folder: Path) -> Path | None:
@@ -176,7 +177,7 @@ def _damage(path: Path) -> str | None:
         for name, sha256 in expected.items():
             if file_sha256(path / name) != sha256:
                 return f"{name} has changed"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 

@@ -31,7 +31,7 @@ console = Console(stderr=True)
 def say(text: str) -> None:
     """One line for the user, from the first rank."""
     if dist.is_main():
-        console.print(text)
+        console.print(text, markup=False, soft_wrap=True)
 
 
 # What a line says of the machine: the rest is the same whenever a run is repeated.

@@ -51,12 +51,11 @@ def _run(args: argparse.Namespace) -> None:
             raise
         _refuse(text)
     except RuntimeError as error:
-        lacking = [
-            line for line in str(error).splitlines() if "out of memory" in line or "can't allocate memory" in line
-        ]
-        if not lacking:
+        lines = str(error).splitlines()
+        lacking = next((line for line in lines if "out of memory" in line or "can't allocate memory" in line), None)
+        if lacking is None:
             raise
-        _refuse(f"{lacking[0].strip()} Use a smaller batch; in training, parallel.recompute=true needs less, too")
+        _refuse(f"{lacking.strip()} Use a smaller batch; in training, parallel.recompute=true needs less, too")
 
 
 def _refuse(text: str) -> NoReturn:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as td
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 
 @contextmanager
@@ -81,6 +80,8 @@ def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
     For updates of every step: DTensor keeps, for ever, how it dealt with each value of a number that changes, such as a
     learning rate, and with each plain tensor beside its own.
     """
+    from torch.distributed.tensor import DTensor
+
     return [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
 
 

@@ -16,7 +16,7 @@ import torch
 
 from vtp.config import ConfigError
 from vtp.engine import checkpoint
-from vtp.engine.logging import MACHINE, MetricsLog
+from vtp.engine.logging import MACHINE, MetricsLog, say
 from vtp.engine.loop import LoopConfig, NonFiniteError, open_run, train
 from vtp.engine.optim import OptimConfig, adamw, optimizer_tensors, set_schedule, update
 
@@ -243,6 +243,27 @@ def test_old_checkpoints_go_and_half_written_ones_are_not_seen(tmp_path):
     assert [path.name for path in checkpoint.complete(folder)] == ["step_0000015", "step_0000020"]
     (folder / "step_0000099").mkdir()
     assert checkpoint.complete(folder)[-1].name == "step_0000020"
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for step in (9_999_998, 10_000_000, 2):
+        (tmp_path / f"step_{step:07d}").mkdir()
+        (tmp_path / f"step_{step:07d}" / checkpoint.MANIFEST).write_text("{}")
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step_0000002", "step_9999998", "step_10000000"]
+
+
+@pytest.mark.parametrize("manifest", ["[]", "3", '{"sha256": ["a"]}', "{}", "not JSON"])
+def test_a_manifest_of_another_shape_is_damage(tmp_path, manifest):
+    (tmp_path / "step_0000001").mkdir()
+    (tmp_path / "step_0000001" / checkpoint.MANIFEST).write_text(manifest)
+    with pytest.raises(checkpoint.CheckpointError, match="all checkpoints in .* are damaged"):
+        checkpoint.newest(tmp_path)
+
+
+def test_lines_keep_brackets_and_length(capsys):
+    line = "published " + "a_long_folder/" * 10 + "x[red]y/tokenizer"
+    say(line)
+    assert capsys.readouterr().err == line + "\n"
 
 
 def test_metrics_after_the_checkpoint_are_dropped_and_a_cut_line_is_tolerated(tmp_path):

@@ -48,8 +48,10 @@ class FolderSource(Alone):
         # The captions of img2dataset's "files" and of many others: KEY.txt or KEY.json beside KEY.jpg.
         written = 0 if self.table is not None else sum(os.path.splitext(f)[0] in texts for f in self.files)
         self._written = written > 0
-        names = root / "classes.json"
-        if self._written and len(folders) > 1 and written < len(self.files) / 2 and not names.is_file():
+        file = root / "classes.json"
+        names = file.read_bytes() if file.is_file() else None
+        folders = folders if len(folders) > 1 else []  # a single one is a place
+        if folders and names is None and 0 < written < len(self.files) / 2:
             log.warning(
                 "%s: %d of %d pictures have a text beside them, so its folders are taken for places, not classes; "
                 "remove the texts, or name the classes in a classes.json",
@@ -57,8 +59,7 @@ class FolderSource(Alone):
                 written,
                 len(self.files),
             )
-        folders = folders if len(folders) > 1 and not self._written else []  # of one, or with captions: places
-        self._folders = Folders.named(folders, names.read_bytes() if names.is_file() else None, str(names))
+        self._folders = Folders.named([] if self._written else folders, names, str(file))  # with captions: places
         self.classes = ({} if self.table is None else self.table.classes) | self._folders.classes
         self.templates = templates_of(self.classes)
 

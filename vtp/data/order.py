@@ -70,12 +70,9 @@ def positions(
         order = np.random.default_rng([seed, EPOCH, epoch]).permutation(len(source.shards))
         samples = _epoch(source, size, order, epoch, (stream, streams), first, skip, past)
         empty = first == skip == done == 0 and epoch > seen_in_part
-        while True:
-            before = source.report.copy()
-            held = list(islice(samples, block))
-            if not held:
-                break
-            if done:  # the block was counted when it was read the first time
+        before = source.report.copy()
+        while held := list(islice(samples, block)):
+            if done:  # the epoch's first block here, counted when it was read before
                 _restore(source.report, before)
             empty = False
             key = [seed, BLOCK, stream, epoch, first, skip]

@@ -27,7 +27,7 @@ from torch import Tensor
 from vtp.config import ConfigError
 from vtp.data.samples import Source
 from vtp.data.sources import open_source
-from vtp.engine.logging import console, progress_bar
+from vtp.engine.logging import progress_bar, say
 from vtp.engine.optim import Asked, inference, pick_device, pick_precision
 from vtp.files import as_new, file_sha256
 from vtp.images import center_crop, normalise
@@ -169,7 +169,7 @@ def encode_latents(
         changed = [f"{k}: {there[k]} -> {v}" for k, v in origin.items() if there[k] != v]
         if changed:
             raise ConfigError(f"{out} holds other latents ({'; '.join(changed)}); choose another --out")
-        console.print(f"{out} already holds these latents")
+        say(f"{out} already holds these latents")
         return out
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("shard_*.safetensors"):  # of an unfinished run
@@ -216,7 +216,7 @@ def encode_latents(
         **origin,
     ).write(out / STATS)
     unlabelled = ", without labels: the data have none" if label is None else ""
-    console.print(f"{count} latents of {channels} x {height} x {width} in {out}{unlabelled}")
+    say(f"{count} latents of {channels} x {height} x {width} in {out}{unlabelled}")
     return out
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vtp import dist
 from vtp.config import ConfigError
-from vtp.engine.logging import console
+from vtp.engine.logging import say
 from vtp.engine.loop import open_run, reseed, train
 from vtp.engine.optim import pick_device, pick_precision
 from vtp.engine.speed import reuse_memory
@@ -53,6 +53,6 @@ def train_dit(cfg: DiTTrainConfig) -> Path:
         if dist.is_main():
             learner.published().save_pretrained(out / "model")
             latents.stats.write(out / "model" / "stats.json")
-            console.print(f"published {out / 'model'}")
+            say(f"published {out / 'model'}")
         dist.barrier()
         return out / "model"

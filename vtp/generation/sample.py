@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from vtp.config import ConfigError
-from vtp.engine.logging import console, progress_bar
+from vtp.engine.logging import progress_bar, say
 from vtp.engine.optim import Asked, autocast, pick_device, pick_precision
 from vtp.files import file_sha256
 from vtp.flow.guidance import classifier_free
@@ -93,7 +93,7 @@ def sample(
     out.mkdir(parents=True, exist_ok=True)
     earlier = list(out.glob("*.png"))
     if earlier:  # pictures of an earlier call never mix with these
-        console.print(f"replacing the samples in {out}")
+        say(f"replacing the samples in {out}")
     for old in (*earlier, out / "samples.json"):
         old.unlink(missing_ok=True)
     protocol: dict[str, Any] = {
@@ -125,7 +125,7 @@ def sample(
                     row.append(array)
             bar.update(task, completed=min(num, first + batch_size))
     _grid({stats.classes[c]: row for c, row in rows.items() if row}).save(out / "grid.png")
-    console.print(f"{num} pictures in {out}")
+    say(f"{num} pictures in {out}")
     return out
 
 

@@ -15,7 +15,7 @@ from vtp.data.loader import Loader
 from vtp.data.samples import left_out
 from vtp.data.sources import open_source
 from vtp.engine.checkpoint import CheckpointError
-from vtp.engine.logging import console, say
+from vtp.engine.logging import say
 from vtp.engine.loop import open_run, reseed, train
 from vtp.engine.optim import pick_device, pick_precision
 from vtp.engine.parallel import whole
@@ -57,7 +57,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
                     f"{out / 'tokenizer'} could not be written ({error}); the checkpoints are whole: make room, and "
                     "the same command publishes"
                 ) from None
-            console.print(f"published {out / 'tokenizer'}")
+            say(f"published {out / 'tokenizer'}")
         dist.barrier()
         return out / "tokenizer"
 
@@ -97,7 +97,7 @@ def _report_broken(loader: Loader, cfg: PretrainConfig, file: Path) -> None:
     broken, reads = left_out(loader.total), loader.total["samples"]
     if broken:
         reasons = ", ".join(f"{count} {reason}" for reason, count in broken.items())
-        console.print(f"left out of {' and '.join(data.values())}: {reasons}; of {reads:,} reads, each epoch's counted")
+        say(f"left out of {' and '.join(data.values())}: {reasons}; of {reads:,} reads, each epoch's counted")
     if dist.is_main():
         try:
             file.write_text(json.dumps(data | {"reads": reads, "broken": broken}, indent=2))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vtp.data.sources import open_source
-from vtp.engine.logging import console
+from vtp.engine.logging import say
 from vtp.evaluation import run as evaluate
 from vtp.evaluation.judge import judge_accuracy, save_judge, train_judge
 from vtp.evaluation.run import EvalConfig
@@ -55,13 +55,13 @@ def compare_tokenizers(tokenizers: Mapping[str, PretrainConfig], ask: Comparison
     judge = out / "judge"
     size = next(iter(tokenizers.values())).views.size
     if not (judge / "model.safetensors").is_file():
-        console.print("training the judge, a classifier that no tokenizer sees")
+        say("training the judge, a classifier that no tokenizer sees")
         referee = train_judge(
             open_source(TRAIN), ("shape", "colour"), size=size, images=ask.judge_images, epochs=ask.judge_epochs
         )
         save_judge(referee, judge)
         accuracy = judge_accuracy(referee, open_source(TEST), 1_000)
-        console.print("the judge is right on " + ", ".join(f"{v:.1%} ({k})" for k, v in accuracy.items()))
+        say("the judge is right on " + ", ".join(f"{v:.1%} ({k})" for k, v in accuracy.items()))
     pairs = max(cfg.active_batch.pairs for cfg in tokenizers.values())
     jobs = {}
     for name, cfg in tokenizers.items():

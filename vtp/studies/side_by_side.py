@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vtp.config import ConfigError
-from vtp.engine.logging import console
+from vtp.engine.logging import console, say
 
 LOG = "log.txt"
 STOPPED = 3  # exit code of a job that was told to stop
@@ -76,7 +76,7 @@ def side_by_side(jobs: Mapping[str, tuple[Callable[..., None], tuple[Any, ...]]]
                 process.terminate()
             for process in processes.values():
                 process.join(PATIENCE)
-            console.print("interrupted; the same command goes on from the last checkpoints")
+            say("interrupted; the same command goes on from the last checkpoints")
             raise SystemExit(130) from None
         finally:
             for process in processes.values():
@@ -138,7 +138,7 @@ def _show(processes: Mapping[str, BaseProcess], watch: Watch) -> None:
                     said[name] = stage.name
                     bars.reset(task, description=stage.name)
                     if not console.is_terminal:  # no bars there: say at least where it stands
-                        console.print(f"{name}: {stage.name}")
+                        say(f"{name}: {stage.name}")
                 bars.update(task, completed=stage.done, total=stage.total, status=stage.status)
             if not alive or any(p.exitcode for p in processes.values()):
                 return

@@ -200,6 +200,27 @@ def test_samples_that_other_processes_take_are_theirs_to_count(tmp_path):
     assert total == {"samples": 80, "no picture": 16}
 
 
+@pytest.mark.parametrize("block", [1, 8, 10, 64])
+def test_a_stream_that_goes_on_counts_nothing_twice(tmp_path, block):
+    """From any place; 20 pictures and, behind the last of them, texts without one."""
+    for s in range(2):
+        members = [(f"{s}_{i:02d}.jpg", picture(i)) for i in range(10)]
+        write_tar(tmp_path / f"{s}.tar", members + [(f"{s}_{i}.txt", b"") for i in range(10, 14)])
+    source = open_source(str(tmp_path))
+
+    def read(place, n):
+        source.report.clear()
+        return list(itertools.islice(positions(source, 16, 0, 0, 1, block, place), n)), source.report.copy()
+
+    straight, whole = read(Place(), 50)
+    assert whole["samples"] - whole["no picture"] >= 50
+    for n in range(1, 50):
+        first, before = read(Place(), n)
+        rest, after = read(first[-1][1], 50 - n)
+        assert [raw.key for raw, _ in first + rest] == [raw.key for raw, _ in straight]
+        assert before + after == whole
+
+
 def keys_of_epoch(source, stream, streams, epoch, block=5):
     samples = positions(source, 16, 0, stream, streams, block, Place(epoch=epoch))
     return [raw.key for raw, place in itertools.takewhile(lambda s: s[1].epoch == epoch, samples)]

@@ -16,14 +16,14 @@ from vtp.data.decode import BadImage
 from vtp.data.samples import LOST, Raw, Source, left_out
 from vtp.images import center_crop
 
-COLUMNS, ROWS, TILE, LINE, GAP = 8, 5, 160, 18, 8  # of the contact sheet; pixels
+COLUMNS, ROWS, TILE, LINE, LINES, GAP = 8, 5, 160, 14, 2, 8  # of the contact sheet; pixels
 GROUND = "#f4f4f4"
 NAMED = 20  # broken and repeated samples that are named
 
 
 def inspect(
     source: Source, limit: int | None = None, progress: Callable[[int], None] = lambda n: None
-) -> tuple[dict[str, Any], Image.Image]:
+) -> tuple[dict[str, Any], list[tuple[Image.Image, str]]]:
     """Read a source once and decode every picture.
 
     Args:
@@ -31,7 +31,7 @@ def inspect(
         progress: told how many samples were read.
 
     Returns:
-        JSON values, and the contact sheet: pictures spread over those read, each with its first caption.
+        JSON values, and pictures spread over those read: squares, each with its first caption or its key.
 
     Raises:
         ConfigError: no picture can be read.
@@ -84,6 +84,7 @@ def inspect(
         "whole": limit is None or source.report["samples"] < limit,
         "left_out": dict(broken_by.most_common()),
         "kept": {reason: n for reason, n in source.report.items() if reason not in ("samples", LOST, *broken_by)},
+        LOST: source.report[LOST],
         "broken": broken,
         "repeated": repeats,
         "repeats": repeated,
@@ -97,13 +98,14 @@ def inspect(
         "labels": {
             label: {
                 "classes": len(source.classes[label]),
+                "found": len(found),
                 "commonest": {source.classes[label][i]: n for i, n in found.most_common(5)},
             }
             for label, found in labels.items()
         },
     }
     spread = np.linspace(0, len(shown) - 1, min(len(shown), COLUMNS * ROWS)).round().astype(int)
-    return summary, contact_sheet([shown[i] for i in spread])
+    return summary, [shown[i] for i in spread]
 
 
 def _spread(source: Source, limit: int | None) -> Iterator[Raw]:
@@ -121,19 +123,32 @@ def _quantiles(values: np.ndarray) -> dict[str, float]:
 
 
 def contact_sheet(pictures: list[tuple[Image.Image, str]]) -> Image.Image:
-    """Square pictures with a line of text under each."""
+    """Square pictures with two lines of text under each."""
     columns = min(COLUMNS, len(pictures))
     rows = -(-len(pictures) // columns)
-    step = TILE + GAP
-    sheet = Image.new("RGB", (GAP + columns * step, GAP + rows * (step + LINE)), GROUND)
+    right, down = TILE + GAP, TILE + LINES * LINE + GAP
+    sheet = Image.new("RGB", (GAP + columns * right, GAP + rows * down), GROUND)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for i, (picture, text) in enumerate(pictures):
-        x, y = GAP + i % columns * step, GAP + i // columns * (step + LINE)
+        x, y = GAP + i % columns * right, GAP + i // columns * down
         sheet.paste(picture, (x, y))
-        text = " ".join(text.split())[:80]
-        if draw.textlength(text, font) > TILE:
-            while draw.textlength(text + "…", font) > TILE:
-                text = text[:-1]
-            text += "…"
-        draw.text((x, y + TILE + 2), text, "black", font)
+        for n, line in enumerate(_lines(text, lambda part: draw.textlength(part, font) <= TILE)):
+            draw.text((x, y + TILE + 1 + n * LINE), line, "black", font)
     return sheet
+
+
+def _lines(text: str, fits: Callable[[str], bool]) -> list[str]:
+    """A text in `LINES` lines, broken at words where that goes, and cut where it has more."""
+    text, lines = " ".join(text.split())[:200], []
+    while text and len(lines) < LINES:
+        n = next(n for n in range(len(text), 0, -1) if n == 1 or fits(text[:n]))
+        last = len(lines) == LINES - 1
+        if n < len(text) and last:
+            lines.append(text[: n - 1] + "…")
+        elif n < len(text):
+            n = text.rfind(" ", 0, n + 1) + 1 or n
+            lines.append(text[:n])
+        else:
+            lines.append(text)
+        text = text[n:]
+    return lines

@@ -77,7 +77,7 @@ def positions(
             empty = False
             key = [seed, BLOCK, stream, epoch, first, skip]
             shuffled = np.random.default_rng(key).permutation(len(held)).tolist() if block > 1 else [0]
-            end = held[-1][1:]
+            end = held[-1][1:] if len(held) == block else (len(order), 0)  # a short block is read to the epoch's end
             raws: list[Raw | None] = [raw for raw, _, _ in held]
             del held
             for j in range(done, len(raws)):

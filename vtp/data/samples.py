@@ -214,6 +214,8 @@ def assemble(
             report["caption not UTF-8"] += 1
     elif table is not None:
         report["not in annotations"] += 1
+    if folder is not None and folders.index and "class" not in labels:
+        report["unknown class"] += 1
     if not captions and "class" in labels and folders.classes:
         captions = tuple(t.format(folders.classes["class"][labels["class"]]) for t in CLASS_TEMPLATES)
     if any(len(caption) > MAX_CAPTION for caption in captions):

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vtp.data.inspection import inspect
+from vtp.data.inspection import NAMED, TILE, contact_sheet, inspect
+from vtp.data.samples import LOST
 from vtp.data.sources import open_source
-from vtp.report.markup import img, self_contained
+from vtp.report.markup import card, img, self_contained
 
 if TYPE_CHECKING:
+    from PIL import Image
     from rich.table import Table
 
 
@@ -34,12 +36,11 @@ def write_inspection(data: str, annotations: str | None, limit: int | None, out:
     columns = (SpinnerColumn(), name, MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(data, total=total)
-        summary, sheet = inspect(source, limit, lambda n: bar.update(task, completed=n))
+        summary, pictures = inspect(source, limit, lambda n: bar.update(task, completed=n))
         bar.update(task, completed=summary["samples"], total=summary["samples"])  # those left out on the way as well
     (out / "inspect.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    sheet.save(out / "contact_sheet.png", optimize=True)
-    picture = img(np.asarray(sheet), "contact sheet", limit=max(sheet.size))
-    (out / "inspect.html").write_text(_page(summary, picture), encoding="utf-8")
+    contact_sheet(pictures).save(out / "contact_sheet.png", optimize=True)
+    (out / "inspect.html").write_text(_page(summary, pictures), encoding="utf-8")
     return summary
 
 
@@ -57,6 +58,7 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("samples read", f"{summary['samples']:,}" + ("" if summary["whole"] else " (a part)")),
         ("usable pictures", f"{summary['usable']:,}, {summary['mean_kilobytes']:,} kB on average"),
         ("samples or files left out", listed(summary["left_out"]) or "none"),
+        (LOST, f"{summary[LOST]:,}"),
         ("counted, but kept", listed(summary["kept"]) or "none"),
         ("same bytes as another", f"{summary['repeated']:,}"),
         ("width", spread(summary["width"])),
@@ -67,9 +69,12 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("words a caption", spread(summary["words_a_caption"])),
     ]
     for label, about in summary["labels"].items():
-        found.append((f"label {label}", f"{about['classes']:,} classes; {listed(about['commonest'])}"))
+        classes = f"{about['found']:,} of {about['classes']:,} classes"
+        found.append((f"label {label}", f"{classes}; {listed(about['commonest'])}"))
     found += [(f"broken: {b['key']}", b["reason"]) for b in summary["broken"]]
     found += [(f"repeated: {r['key']}", f"same bytes as {r['same_as']}") for r in summary["repeats"]]
+    if NAMED in (len(summary["broken"]), len(summary["repeats"])):
+        found.append(("", f"of broken and repeated ones the first {NAMED} are named"))
     return found
 
 
@@ -84,12 +89,13 @@ def table(summary: dict[str, Any]) -> Table:
     return shown
 
 
-def _page(summary: dict[str, Any], sheet: str) -> str:
+def _page(summary: dict[str, Any], pictures: list[tuple[Image.Image, str]]) -> str:
     body = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows(summary))
+    cards = "".join(card(img(np.asarray(picture), "", limit=TILE), [text]) for picture, text in pictures)
     return self_contained(
         f"Data: {summary['data']}",
         f"<header><h1>{escape(summary['data'])}</h1></header>"
         f'<div class="scroll"><table class="figures"><tbody>{body}</tbody></table></div><h2>Pictures</h2>'
-        f'<div class="fit">{sheet}</div>'
+        f'<div class="cards" style="--tiles: 1.6">{cards}</div>'
         f"<details><summary>inspect.json</summary><pre>{escape(json.dumps(summary, indent=2))}</pre></details>",
     )

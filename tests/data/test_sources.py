@@ -171,6 +171,36 @@ def test_annotations_give_captions_and_labels(tmp_path):
     assert [r.labels.get("type") for r in everything(open_source(str(tmp_path), str(notes)))] == [1, 0, None]
 
 
+@pytest.mark.parametrize("kind", ["beside", "metadata", "class folders"])
+def test_annotations_add_to_what_a_folder_says(tmp_path, kind):
+    """Labels leave captions as they are; what both name, the annotations number."""
+    for i, name in enumerate(("b/0.jpg", "a/1.jpg", "a/2.jpg")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(picture(i))
+        if kind == "beside":
+            (tmp_path / name).with_suffix(".txt").write_text(f"number {i}")
+    rows = [
+        {"file_name": name, "text": f"number {i}", "class": "x", "hue": "red"}
+        for i, name in enumerate(("b/0.jpg", "a/1.jpg"))
+    ]
+    if kind == "metadata":
+        (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    notes = tmp_path / "notes.jsonl"
+    notes.write_text('{"key": "0", "class": "owl"}\n{"key": "1", "class": "bee", "text": "given"}')
+    source = open_source(str(tmp_path), str(notes))
+    raws = {raw.key: raw for raw in everything(source)}
+    assert source.classes == {"class": ("bee", "owl")} | ({"hue": ("red",)} if kind == "metadata" else {})
+    assert raws["b/0.jpg"].labels["class"] == 1 and raws["a/1.jpg"].labels["class"] == 0
+    assert raws["a/1.jpg"].captions == ("given",)
+    if kind == "class folders":
+        assert raws["b/0.jpg"].captions == tuple(t.format("owl") for t in CLASS_TEMPLATES)
+    else:
+        assert raws["b/0.jpg"].captions == ("number 0",)
+    assert len(raws) == (2 if kind == "metadata" else 3)
+    if kind != "metadata":
+        assert "class" not in raws["a/2.jpg"].labels
+
+
 def test_annotations_of_other_pictures_are_named(tmp_path, caplog):
     (tmp_path / "a.jpg").write_bytes(picture(0))
     notes = tmp_path / "notes.jsonl"

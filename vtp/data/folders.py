@@ -11,7 +11,18 @@ from pathlib import Path
 
 from vtp.config import ConfigError
 from vtp.data import shards
-from vtp.data.samples import Alone, Folders, Raw, Table, assemble, captions_in, row_of, templates_of, text_of
+from vtp.data.samples import (
+    Alone,
+    Folders,
+    Raw,
+    Table,
+    assemble,
+    captions_in,
+    classes_of,
+    row_of,
+    templates_of,
+    text_of,
+)
 from vtp.data.shards import IMAGE_SUFFIXES
 
 log = logging.getLogger(__name__)
@@ -29,27 +40,24 @@ class FolderSource(Alone):
 
     def __post_init__(self) -> None:
         root = Path(self.name).expanduser()
-        metadata = root / "metadata.jsonl"
-        if self.table is None and metadata.is_file():
-            self.table = Table.load(metadata, ("file_name",))
-        listed = self.table is not None and self.table.path == metadata
+        metadata, named = root / "metadata.jsonl", root / "classes.json"
         # A metadata file says which files belong to the set; one that is missing is then a broken sample.
-        found, texts = ([], set()) if listed else _walk(root)
-        self.files = sorted(self.table.labels if listed and self.table is not None else found)
+        self._metadata = Table.load(metadata, ("file_name",)) if metadata.is_file() else None
+        found, texts = _walk(root) if self._metadata is None else (self._metadata.labels, set())
+        self.files = sorted(found)
         if not self.files:
             raise ConfigError(
                 f"no pictures in {root}: it should hold class folders, a metadata.jsonl with its pictures, "
                 f"tar shards, or files ending in {', '.join(IMAGE_SUFFIXES)}"
             )
         self.shards: Sequence[int] = range(len(self.files))
-        folders = sorted({f.split("/", 1)[0] for f in self.files if "/" in f}) if not listed else []
+        folders = sorted({f.split("/", 1)[0] for f in found if "/" in f}) if self._metadata is None else []
         if folders and set(folders) <= SPLITS and all(f.count("/") > 1 for f in self.files):
             raise ConfigError(f"{root} holds splits, not classes; name one of them, as in {root / folders[0]}")
         # The captions of img2dataset's "files" and of many others: KEY.txt or KEY.json beside KEY.jpg.
-        written = 0 if self.table is not None else sum(os.path.splitext(f)[0] in texts for f in self.files)
+        written = sum(os.path.splitext(f)[0] in texts for f in self.files)
         self._written = written > 0
-        file = root / "classes.json"
-        names = file.read_bytes() if file.is_file() else None
+        names = named.read_bytes() if named.is_file() else None
         folders = folders if len(folders) > 1 else []  # a single one is a place
         if folders and names is None and 0 < written < len(self.files) / 2:
             log.warning(
@@ -59,8 +67,8 @@ class FolderSource(Alone):
                 written,
                 len(self.files),
             )
-        self._folders = Folders.named([] if self._written else folders, names, str(file))  # with captions: places
-        self.classes = ({} if self.table is None else self.table.classes) | self._folders.classes
+        self._folders = Folders.named([] if self._written else folders, names, str(named))  # with captions: places
+        self.classes = classes_of(self._metadata) | self._folders.classes | classes_of(self.table)
         self.templates = templates_of(self.classes)
 
     def read(self, shard: int, size: int | None = None) -> Iterator[Raw]:
@@ -84,8 +92,11 @@ class FolderSource(Alone):
             text, row = _beside(file)
             captions = captions_in({"text": text_of(text, self.report)}) if text else ()
             captions = captions or (captions_in(row_of(row, self.report)) if row else ())
+        labels: dict[str, int] = {}
+        if self._metadata is not None:
+            captions, labels = self._metadata.of(key, self.report)
         folder = key.split("/", 1)[0] if "/" in key else None
-        yield assemble(key, image, captions, {}, folder, self._folders, self.table, self.report)
+        yield assemble(key, image, captions, labels, folder, self._folders, self.table, self.report)
 
 
 def _walk(root: Path) -> tuple[list[str], set[str]]:

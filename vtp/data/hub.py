@@ -10,7 +10,7 @@ from typing import Any
 
 from vtp.config import ConfigError
 from vtp.data import shards
-from vtp.data.samples import Alone, Folders, Raw, Table, assemble, captions_in, ended, templates_of
+from vtp.data.samples import Alone, Folders, Raw, Table, assemble, captions_in, classes_of, ended, templates_of
 
 
 @dataclass
@@ -51,7 +51,7 @@ class HubSource(Alone):
         labels = {column: tuple(kind.names) for column, kind in features.items() if hasattr(kind, "names")}
         self._columns = {("class" if column == "label" else column): column for column in labels}
         classes = {label: labels[column] for label, column in self._columns.items()}
-        self.classes = ({} if self.table is None else self.table.classes) | classes
+        self.classes = classes | classes_of(self.table)
         self.templates = templates_of(self.classes)
         self._folders = Folders({}, {"class": classes["class"]} if "class" in classes else {})
         self._whole = Counter[str]()

@@ -162,6 +162,16 @@ class Table:
                 return candidate
         return None
 
+    def of(self, row: str, report: Counter[str]) -> tuple[tuple[str, ...], dict[str, int]]:
+        """Captions and labels of a row."""
+        if row in self.not_utf8:
+            report["caption not UTF-8"] += 1
+        return self.captions[row], self.labels[row]
+
+
+def classes_of(table: Table | None) -> dict[str, tuple[str, ...]]:
+    return {} if table is None else table.classes
+
 
 @dataclass(frozen=True)
 class Folders:
@@ -204,20 +214,24 @@ def assemble(
     table: Table | None,
     report: Counter[str],
 ) -> Raw:
-    """Put together what the sample itself, its folder and the annotations say. A class becomes captions if need be."""
+    """Put together what the sample itself, its folder and the annotations say; the annotations' words are the last.
+
+    A class becomes captions where there are none.
+    """
     if folder is not None and folder in folders.index:
         labels = labels | {"class": folders.index[folder]}
-    row = None if table is None else table.find(key)
-    if table is not None and row is not None:
-        captions, labels = table.captions[row] or captions, labels | table.labels[row]
-        if row in table.not_utf8:
-            report["caption not UTF-8"] += 1
-    elif table is not None:
-        report["not in annotations"] += 1
+    if table is not None:
+        labels = {label: n for label, n in labels.items() if label not in table.classes}  # which they number otherwise
+        if (row := table.find(key)) is None:
+            report["not in annotations"] += 1
+        else:
+            noted, more = table.of(row, report)
+            captions, labels = noted or captions, labels | more
     if folder is not None and folders.index and "class" not in labels:
         report["unknown class"] += 1
-    if not captions and "class" in labels and folders.classes:
-        captions = tuple(t.format(folders.classes["class"][labels["class"]]) for t in CLASS_TEMPLATES)
+    names = (folders.classes | classes_of(table)).get("class")
+    if not captions and names and "class" in labels:
+        captions = tuple(t.format(names[labels["class"]]) for t in CLASS_TEMPLATES)
     if any(len(caption) > MAX_CAPTION for caption in captions):
         report["caption cut"] += 1
         captions = tuple(caption[:MAX_CAPTION] for caption in captions)

@@ -18,6 +18,7 @@ from vtp.data.samples import (
     Table,
     assemble,
     captions_in,
+    classes_of,
     ended,
     row_of,
     templates_of,
@@ -60,14 +61,14 @@ class TarSource(Alone):
         folders = sorted(set(folders))
         folders = folders if len(folders) > 1 else []  # one folder is a place, not a class
         self._folders = Folders.named(folders, names, f"classes.json beside {self.shards[0]}")
-        classes = {} if self.table is None else dict(self.table.classes)
+        classes = dict(classes_of(self.table))
         if scanned and "cls" in first and "class" not in classes:
             found = _scan(self.shards, lambda name, text: text().strip() if name.endswith(".cls") else None)
             classes["class"] = _numbered(set(found), self.name)
         listed = shards.beside(self.shards[0], LABELS) if "json" in first else None
         named = _labels(listed, f"{LABELS} beside {self.shards[0]}")
         classes = {label: names for label, names in named.items() if label not in classes} | classes
-        self.classes = classes | self._folders.classes
+        self.classes = self._folders.classes | classes
         self._columns = {label: {name: i for i, name in enumerate(names)} for label, names in named.items()}
         words = self._folders.index or {name: i for i, name in enumerate(classes.get("class", ()))}
         self._words = {name: i for name, i in words.items() if not name.isdigit()}

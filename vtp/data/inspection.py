@@ -139,7 +139,7 @@ def contact_sheet(pictures: list[tuple[Image.Image, str]]) -> Image.Image:
 
 def _lines(text: str, fits: Callable[[str], bool]) -> list[str]:
     """A text in `LINES` lines, broken at words where that goes, and cut where it has more."""
-    text, lines = " ".join(text.split())[:200], []
+    text, lines = " ".join(text.split())[:200], list[str]()
     while text and len(lines) < LINES:
         n = next(n for n in range(len(text), 0, -1) if n == 1 or fits(text[:n]))
         last = len(lines) == LINES - 1

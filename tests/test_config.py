@@ -102,7 +102,11 @@ def test_saved_configuration_loads_as_itself(tmp_path):
         ("betas=[a,b]", r"betas=\[a,b\]: a value could not be converted to Float"),
         ("betas=0.9", "betas=0.9: .*tuple"),
         ("betas.0=0.9", "betas.0=0.9: "),
-        ("model=3", "model=3: "),
+        ("model=3", "model=3: model is no value but a group of keys; give model.vision, model.patch"),
+        (
+            "model.vision=null",
+            "model.vision is no value but a group of keys; give model.vision.depth, model.vision.base",
+        ),
         ("model.vision.depth=0", "model.vision: depth must be at least 1, not 0"),
         ("lr.warmup=2", "lr: warmup is a share of the run"),
         ("data=[unclosed", r"data=\[unclosed: the value is not valid YAML"),
@@ -123,6 +127,7 @@ def test_a_bad_word_is_one_clear_line(word, message):
     ("text", "message"),
     [
         ("stepps: 5", "unknown key 'stepps'; did you mean 'steps'"),
+        ("model: 5", "model is no value but a group of keys; give model.vision, model.patch"),
         ("steps: many", "Value 'many' of type 'str'"),
         ("- 1\n- 2", "must hold key: value pairs"),
         ("steps: [1", "is not valid YAML"),

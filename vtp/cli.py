@@ -276,8 +276,10 @@ def _resolve(args: argparse.Namespace, recipe: Callable[[str], Any], default: Ca
         cfg = config.merge(default(), args.overrides, Path(args.recipe))
     else:
         near = get_close_matches(args.recipe, args.names, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise config.ConfigError(f"no recipe '{args.recipe}'{hint} There are {', '.join(args.names)}, or a config.yaml")
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise config.ConfigError(
+            f"no recipe '{args.recipe}'; {hint}give one of {', '.join(args.names)}, or a config.yaml"
+        )
     if dist.is_main():
         print(config.dump(cfg), flush=True)
     return cfg

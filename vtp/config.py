@@ -107,7 +107,7 @@ def _read(file: Path) -> DictConfig:
     try:
         read = OmegaConf.load(file)
     except Exception as error:  # yaml's own error classes are not part of OmegaConf's interface
-        raise ConfigError(f"{file} is not valid YAML: {error}") from None
+        raise ConfigError(f"{file} is not valid YAML: {_one_line(error)}") from None
     if not isinstance(read, DictConfig):
         raise ConfigError(f"{file} must hold key: value pairs at its top level")
     return read
@@ -133,6 +133,7 @@ def _parse(conf: DictConfig, word: str) -> DictConfig:
 
 
 def _merge(conf: DictConfig, layer: DictConfig, said: str = "") -> DictConfig:
+    _check_groups(conf, layer, said)
     try:
         return cast(DictConfig, OmegaConf.merge(conf, layer))
     except (ConfigKeyError, ConfigAttributeError) as error:
@@ -141,6 +142,18 @@ def _merge(conf: DictConfig, layer: DictConfig, said: str = "") -> DictConfig:
         raise ConfigError(_unknown(key, conf)) from None
     except (OmegaConfBaseException, TypeError) as error:
         raise ConfigError(_one_line(error, said)) from None
+
+
+def _check_groups(conf: DictConfig, layer: DictConfig, said: str, at: str = "") -> None:
+    """Refuse a single value where a group of keys belongs; OmegaConf would name neither."""
+    for key in layer:
+        group, given = (tree._get_node(key) if key in tree else None for tree in (conf, layer))
+        if not isinstance(group, DictConfig) or group._is_none():
+            continue
+        if not isinstance(given, DictConfig):
+            keys = [f"{at}{key}.{name}" for name in group]
+            raise ConfigError(f"{said}{at}{key} is no value but a group of keys; give {', '.join(keys)}")
+        _check_groups(group, given, said, f"{at}{key}.")
 
 
 def _unknown(key: str, conf: DictConfig) -> str:

@@ -18,7 +18,7 @@ import torch.distributed as td
 import torch.distributed.checkpoint as dcp
 
 from vtp import dist
-from vtp.engine.logging import console, say
+from vtp.engine.logging import say
 from vtp.files import file_sha256
 
 PROGRESS, MANIFEST = "progress.json", "manifest.json"
@@ -107,7 +107,7 @@ class Checkpoints:
             kept = complete(self.folder)
             last = f"{kept[-1]} is intact" if kept else "there is none before it"
             message = f"the checkpoint of step {step} could not be written ({reason}); {last}"
-            console.print(message, markup=False, soft_wrap=True)
+            say(message)
             raise CheckpointError(message) from None
 
 
@@ -205,7 +205,9 @@ def _reason(error: BaseException) -> str:
         if isinstance(inner, OSError):
             return str(inner)
         error, inner = inner, inner.__cause__ or inner.__context__
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    text = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    # What another rank met comes without its cause; torch's writer says so when it could not write all of it.
+    return "a file could not be written whole; is the disk full?" if "unexpected pos" in text else text
 
 
 def _quiet() -> None:

@@ -258,7 +258,7 @@ def _recipe(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
         "recipe", metavar="RECIPE|config.yaml", help=f"one of {', '.join(names)}; or a saved config.yaml"
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="fields to change, as in model.vision.depth=6"
+        "overrides", nargs="*", default=[], metavar="key=value", help="fields to change, as in model.vision.depth=6"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     parser.set_defaults(names=names)

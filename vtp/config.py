@@ -146,7 +146,7 @@ def _merge(conf: DictConfig, layer: DictConfig, said: str = "") -> DictConfig:
 
 def _check_groups(conf: DictConfig, layer: DictConfig, said: str, at: str = "") -> None:
     """Refuse a single value where a group of keys belongs; OmegaConf would name neither."""
-    for key in layer:
+    for key in map(str, layer):
         group, given = (tree._get_node(key) if key in tree else None for tree in (conf, layer))
         if not isinstance(group, DictConfig) or group._is_none():
             continue

@@ -167,6 +167,14 @@ def test_annotations_give_captions_and_labels(tmp_path):
     np.testing.assert_array_equal(counts(source, "type"), [2, 1])  # of the whole file, so that splits agree
     for i in range(3):
         (tmp_path / f"k{i}.jpg").write_bytes(picture(i))
+    notes.write_text("\n".join(json.dumps({"file_name": f"k{i}.jpg", "size": 11 - i}) for i in range(3)))
+    numbered = open_source(str(tmp_path / "a.tar"), str(notes))
+    assert numbered.classes == {"size": ("9", "10", "11")} and [r.labels["size"] for r in everything(numbered)] == [
+        2,
+        1,
+        0,
+    ]
+    notes.write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "a.tar").unlink()
     assert [r.labels.get("type") for r in everything(open_source(str(tmp_path), str(notes)))] == [1, 0, None]
 
@@ -194,6 +202,8 @@ def test_annotations_add_to_what_a_folder_says(tmp_path, kind):
     assert raws["a/1.jpg"].captions == ("given",)
     if kind == "class folders":
         assert raws["b/0.jpg"].captions == tuple(t.format("owl") for t in CLASS_TEMPLATES)
+        assert raws["a/2.jpg"].captions == tuple(t.format("a") for t in CLASS_TEMPLATES)
+        assert source.report == {"samples": 3, "not in annotations": 1}
     else:
         assert raws["b/0.jpg"].captions == ("number 0",)
     assert len(raws) == (2 if kind == "metadata" else 3)

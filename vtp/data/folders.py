@@ -12,6 +12,7 @@ from pathlib import Path
 from vtp.config import ConfigError
 from vtp.data import shards
 from vtp.data.samples import (
+    IMAGE_SUFFIXES,
     Alone,
     Folders,
     Raw,
@@ -23,7 +24,6 @@ from vtp.data.samples import (
     templates_of,
     text_of,
 )
-from vtp.data.shards import IMAGE_SUFFIXES
 
 log = logging.getLogger(__name__)
 SPLITS = frozenset(("train", "val", "valid", "validation", "test"))

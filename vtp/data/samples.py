@@ -15,6 +15,7 @@ from numpy import ndarray
 from vtp.config import ConfigError
 from vtp.data.decode import BadImage, decode
 
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTION_COLUMNS = ("text", "caption", "captions")
 KEY_COLUMNS = ("key", "file_name")
 # What a class is called in a caption or a zero-shot prompt where the data does not say it.
@@ -113,11 +114,12 @@ class Table:
     labels: dict[str, dict[str, int]]
     classes: dict[str, tuple[str, ...]]
     not_utf8: frozenset[str]  # keys whose rows were not
+    of_files: dict[str, str]  # keys that are names of files, by what they are without suffix
 
     @classmethod
     def load(cls, path: Path, key_columns: Sequence[str]) -> Table:
-        """Read one JSON object a line; several lines of one key add captions. Class names are the sorted distinct
-        values of a column."""
+        """Read one JSON object a line; several lines of one key add captions. Class names are the distinct values of a
+        column, numbers first."""
         if not path.is_file():
             raise ConfigError(f"no annotation file at {path}")
         rows: dict[str, dict[str, Any]] = {}
@@ -142,7 +144,7 @@ class Table:
             for column, value in row.items():
                 if column not in CAPTION_COLUMNS and isinstance(value, str | int):
                     values.setdefault(column, set()).add(str(value))
-        classes = {column: tuple(sorted(names)) for column, names in values.items()}
+        classes = {column: tuple(sorted(names, key=_in_order)) for column, names in values.items()}
         index = {column: {name: i for i, name in enumerate(names)} for column, names in classes.items()}
         return cls(
             path,
@@ -153,6 +155,7 @@ class Table:
             },
             classes,
             frozenset(not_utf8),
+            {row.rpartition(".")[0]: row for row in reversed(rows) if row.rpartition(".")[2].lower() in IMAGE_SUFFIXES},
         )
 
     def find(self, key: str) -> str | None:
@@ -160,13 +163,17 @@ class Table:
         for candidate in (key, key.rsplit("/", 1)[-1], key.rsplit(".", 1)[0], Path(key).stem):
             if candidate in self.labels:
                 return candidate
-        return None
+        return self.of_files.get(key) or self.of_files.get(key.rsplit("/", 1)[-1])  # a key of a shard has no suffix
 
     def of(self, row: str, report: Counter[str]) -> tuple[tuple[str, ...], dict[str, int]]:
         """Captions and labels of a row."""
         if row in self.not_utf8:
             report["caption not UTF-8"] += 1
         return self.captions[row], self.labels[row]
+
+
+def _in_order(name: str) -> tuple[bool, int, str]:
+    return not name.isdecimal(), int(name) if name.isdecimal() else 0, name
 
 
 def classes_of(table: Table | None) -> dict[str, tuple[str, ...]]:
@@ -218,8 +225,10 @@ def assemble(
 
     A class becomes captions where there are none.
     """
+    unknown = bool(folders.index) and folder is not None and folder not in folders.index
     if folder is not None and folder in folders.index:
         labels = labels | {"class": folders.index[folder]}
+    called = _called(labels, folders.classes)
     if table is not None:
         labels = {label: n for label, n in labels.items() if label not in table.classes}  # which they number otherwise
         if (row := table.find(key)) is None:
@@ -227,15 +236,19 @@ def assemble(
         else:
             noted, more = table.of(row, report)
             captions, labels = noted or captions, labels | more
-    if folder is not None and folders.index and "class" not in labels:
+            called = _called(more, table.classes) or called
+    if unknown and "class" not in labels:
         report["unknown class"] += 1
-    names = (folders.classes | classes_of(table)).get("class")
-    if not captions and names and "class" in labels:
-        captions = tuple(t.format(names[labels["class"]]) for t in CLASS_TEMPLATES)
+    if not captions and called is not None:
+        captions = tuple(t.format(called) for t in CLASS_TEMPLATES)
     if any(len(caption) > MAX_CAPTION for caption in captions):
         report["caption cut"] += 1
         captions = tuple(caption[:MAX_CAPTION] for caption in captions)
     return Raw(key, image, captions, labels)
+
+
+def _called(labels: Mapping[str, int], classes: Mapping[str, Sequence[str]]) -> str | None:
+    return classes["class"][labels["class"]] if "class" in labels and "class" in classes else None
 
 
 def captions_in(row: Mapping[str, Any]) -> tuple[str, ...]:

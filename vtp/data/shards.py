@@ -24,8 +24,8 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from vtp.config import ConfigError
+from vtp.data.samples import IMAGE_SUFFIXES
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 REMOTE = re.compile(r"^(pipe|https?|s3|gs|hf|ais|ftps|sftp|scp|file):")
 _TAR = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz)$")
 PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # how gzip, bzip2 and xz begin

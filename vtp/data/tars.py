@@ -12,6 +12,7 @@ from typing import Any, cast
 from vtp.config import ConfigError
 from vtp.data import shards
 from vtp.data.samples import (
+    IMAGE_SUFFIXES,
     Alone,
     Folders,
     Raw,
@@ -24,7 +25,6 @@ from vtp.data.samples import (
     templates_of,
     text_of,
 )
-from vtp.data.shards import IMAGE_SUFFIXES
 
 LABELS = "labels.json"  # beside packed shards: {label: its class names}, for the labels in KEY.json
 MAX_CLASSES = 1_000_000  # a larger number in a KEY.cls is none

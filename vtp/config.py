@@ -146,13 +146,14 @@ def _merge(conf: DictConfig, layer: DictConfig, said: str = "") -> DictConfig:
 
 def _check_groups(conf: DictConfig, layer: DictConfig, said: str, at: str = "") -> None:
     """Refuse a single value where a group of keys belongs; OmegaConf would name neither."""
-    for key in map(str, layer):
+    keys: list[Any] = list(layer)
+    for key in keys:
         group, given = (tree._get_node(key) if key in tree else None for tree in (conf, layer))
         if not isinstance(group, DictConfig) or group._is_none():
             continue
         if not isinstance(given, DictConfig):
-            keys = [f"{at}{key}.{name}" for name in group]
-            raise ConfigError(f"{said}{at}{key} is no value but a group of keys; give {', '.join(keys)}")
+            below = [f"{at}{key}.{name}" for name in cast("dict[str, Any]", group)]
+            raise ConfigError(f"{said}{at}{key} is no value but a group of keys; give {', '.join(below)}")
         _check_groups(group, given, said, f"{at}{key}.")
 
 

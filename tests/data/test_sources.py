@@ -194,7 +194,7 @@ def test_annotations_add_to_what_a_folder_says(tmp_path, kind):
     if kind == "metadata":
         (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     notes = tmp_path / "notes.jsonl"
-    notes.write_text('{"key": "0", "class": "owl"}\n{"key": "1", "class": "bee", "text": "given"}')
+    notes.write_text('{"key": "./b/0.jpg", "class": "owl"}\n{"key": "1", "class": "bee", "text": "given"}')
     source = open_source(str(tmp_path), str(notes))
     raws = {raw.key: raw for raw in everything(source)}
     assert source.classes == {"class": ("bee", "owl")} | ({"hue": ("red",)} if kind == "metadata" else {})

@@ -1,9 +1,8 @@
-import subprocess
-import sys
-
+import jaxtyping
 import pytest
 import torch
 
+from tests.tiny import tiny_model
 from vtp.models.config import ModelConfig, TextConfig, ViTConfig
 from vtp.models.vit import ViT
 from vtp.models.vtp_hf import VTPConfig, VTPModel
@@ -102,25 +101,22 @@ def test_forward_intermediates_takes_timms_names():
 
 
 def test_inputs_of_another_shape_are_told_what_is_wanted():
-    """In a process of its own: here annotations are checked, and would object first."""
-    code = (
-        "import torch\n"
-        "from tests.tiny import tiny_model\n"
-        "from vtp.models.vtp_hf import VTPConfig, VTPModel\n"
-        "model = VTPModel(VTPConfig.from_model_config(tiny_model(patch=4)))\n"
-        "for function, wrong in (\n"
-        "    *((model.trunk, torch.zeros(shape)) for shape in ([1, 1, 8, 8], [3, 8, 8], [1, 3, 3, 8])),\n"
-        "    (model.trunk, torch.zeros(1, 3, 8, 8, dtype=torch.uint8)),\n"
-        "    (model.get_latents_decoded_images, torch.zeros(2, 5, 4, 4)),\n"
-        "    (model.get_clip_text_feature, torch.zeros(4, dtype=torch.int64)),\n"
-        "):\n"
-        "    try:\n"
-        "        function(wrong)\n"
-        "    except ValueError as error:\n"
-        "        print(error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    grey, flat, small, whole, latents, text = done.stdout.splitlines()
+    model = VTPModel(VTPConfig.from_model_config(tiny_model(patch=4)))
+    told = []
+    jaxtyping.config.update("jaxtyping_disable", True)  # here annotations are checked, and would object first
+    try:
+        for function, wrong in (
+            *((model.trunk, torch.zeros(shape)) for shape in ([1, 1, 8, 8], [3, 8, 8], [1, 3, 3, 8])),
+            (model.trunk, torch.zeros(1, 3, 8, 8, dtype=torch.uint8)),
+            (model.get_latents_decoded_images, torch.zeros(2, 5, 4, 4)),
+            (model.get_clip_text_feature, torch.zeros(4, dtype=torch.int64)),
+        ):
+            with pytest.raises(ValueError) as error:
+                function(wrong)
+            told.append(str(error.value))
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+    grey, flat, small, whole, latents, text = told
     assert grey.startswith("images of shape [1, 1, 8, 8], torch.float32: give [b, 3, H, W]")
     assert flat.startswith("images of shape [3, 8, 8]")
     assert small == "images of (3, 8) pixels hold no whole patch of 4 x 4"

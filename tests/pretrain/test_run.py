@@ -129,8 +129,11 @@ def test_another_seed_and_worker_processes(tiny, tmp_path):
 def test_reads_a_folder_with_captions_and_reports_what_it_left_out(tiny, tmp_path):
     data = folder(tmp_path / "data")
     (data / "7.jpg").write_bytes(picture(7)[:100])
-    pretrain(replace(tiny, data=str(data), steps=12))
-    assert sum(json.loads((tmp_path / "run/data.json").read_text())["broken"].values()) >= 1
+    notes = tmp_path / "notes.jsonl"
+    notes.write_text('{"key": "1", "text": "one"}')
+    pretrain(replace(tiny, data=str(data), annotations=str(notes), steps=12))
+    told = json.loads((tmp_path / "run/data.json").read_text())
+    assert sum(told["broken"].values()) >= 1 and told["kept"].keys() == {"not in annotations"}
 
 
 def test_an_interrupted_run_reports_what_it_left_out_as_well(tiny, tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ def pack(
     Args:
         shard_size: samples a shard at most.
         limit: samples at most.
-        workers: processes.
+        workers: processes; 1 is this one.
         progress: told the task ("counting" the samples of shards, "packing") and how many shards of how many are done.
 
     Returns:
@@ -79,9 +79,12 @@ def pack(
         def spread(doing: str, task: Callable[..., Any], jobs: list[tuple[Any, ...]], total: int) -> Iterator[Any]:
             """Results as they come."""
             progress(doing, total - len(jobs), total)
-            work = as_completed([pool.submit(task, *job) for job in jobs])
-            for done, future in enumerate(work, start=1 + total - len(jobs)):
-                yield future.result()
+            if workers == 1:
+                results = (task(*job) for job in jobs)
+            else:
+                results = (work.result() for work in as_completed([pool.submit(task, *job) for job in jobs]))
+            for done, result in enumerate(results, start=1 + total - len(jobs)):
+                yield result
                 progress(doing, done, total)
 
         if not file.is_file():

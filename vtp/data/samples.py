@@ -131,14 +131,14 @@ class Table:
             broken: Counter[str] = Counter()
             try:
                 row = json.loads(text_of(line, broken))
-                key = next(row.pop(k) for k in key_columns if k in row)
+                key = str(next(row.pop(k) for k in key_columns if k in row)).removeprefix("./")
             except (ValueError, RecursionError, StopIteration, AttributeError) as error:
                 wanted = " or ".join(f'"{k}"' for k in key_columns)
                 raise ConfigError(f"{path}, line {number}: not a JSON object with {wanted} ({error})") from None
-            rows[str(key)] = rows.get(str(key), {}) | row
-            captions[str(key)] = (*captions.get(str(key), ()), *captions_in(row))
+            rows[key] = rows.get(key, {}) | row
+            captions[key] = (*captions.get(key, ()), *captions_in(row))
             if broken:
-                not_utf8.add(str(key))
+                not_utf8.add(key)
         values: dict[str, set[Any]] = {}
         for row in rows.values():
             for column, value in row.items():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,7 +14,7 @@ from safetensors import SafetensorError
 from vtp import dist
 from vtp.config import ConfigError
 from vtp.data.loader import Loader
-from vtp.data.samples import left_out
+from vtp.data.samples import LOST, left_out
 from vtp.data.sources import open_source
 from vtp.engine.checkpoint import CheckpointError
 from vtp.engine.logging import say
@@ -89,17 +91,18 @@ def open_loader(cfg: PretrainConfig, device: torch.device) -> Loader:
 
 
 def _report_broken(loader: Loader, cfg: PretrainConfig, file: Path) -> None:
-    """Write data.json: how often samples were read since the run began, and how often in vain, by reason.
+    """Write data.json: how often samples were read since the run began, how often in vain, how often with a flaw.
 
     A broken sample counts in each epoch that meets it. With several ranks the counts are those of the last checkpoint.
     """
-    data = {name: given for name in DATA if (given := getattr(cfg, name)) is not None}
-    broken, reads = left_out(loader.total), loader.total["samples"]
+    data: dict[str, Any] = {name: given for name in DATA if (given := getattr(cfg, name)) is not None}
+    broken, reads = left_out(loader.total) + Counter({LOST: loader.total[LOST]}), loader.total["samples"]
     if broken:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in broken.items())
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in broken.items())
         say(f"left out of {' and '.join(data.values())}: {reasons}; of {reads:,} reads, each epoch's counted")
     if dist.is_main():
+        kept = {reason: n for reason, n in loader.total.items() if reason not in ("samples", *broken)}
         try:
-            file.write_text(json.dumps(data | {"reads": reads, "broken": broken}, indent=2))
+            file.write_text(json.dumps(data | {"reads": reads, "broken": broken, "kept": kept}, indent=2))
         except OSError as error:  # a full disk; what ended the run is to be said
             say(f"{file}: {error.strerror}")

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import regex
 import torch
 from jaxtyping import Int
@@ -76,11 +77,11 @@ class Tokenizer:
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Int[Tensor, "n l"]:
         """Ids of each text, cut to the context length with the end token last. One string is a list of one."""
         length = self.context_length if context_length is None else _check(context_length)
-        rows = torch.zeros(1 if isinstance(texts, str) else len(texts), length, dtype=torch.long)
+        rows = np.zeros((1 if isinstance(texts, str) else len(texts), length), np.int64)
         for row, text in zip(rows, [texts] if isinstance(texts, str) else texts, strict=True):
             ids = [self.sot_token_id, *self.encode(text)[: length - 2], self.eot_token_id]
-            row[: len(ids)] = torch.tensor(ids)
-        return rows
+            row[: len(ids)] = ids
+        return torch.from_numpy(rows)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without start, end and padding. An `<end_of_text>` in it becomes the end token, as in CLIP."""

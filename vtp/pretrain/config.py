@@ -81,7 +81,7 @@ class PretrainConfig:
     data: str = "scenes"  # class folders, folder with metadata.jsonl, tar shards, hf:NAME, scenes, or a mixture
     ssl_data: str | None = None  # pictures of self-distillation alone; they need no captions
     rec_data: str | None = None  # pictures of reconstruction alone
-    annotations: str | None = None  # jsonl of captions and labels by key, beside tar shards
+    annotations: str | None = None  # jsonl of more captions and labels, by key
     out: str = "runs/pretrain"
     steps: int = 1_000
     seed: int = 0

@@ -98,6 +98,9 @@ def test_a_killed_pack_goes_on_and_ends_the_same(tmp_path):
     assert all(file.stat().st_mtime_ns == time for file, time in kept.items())
     assert (out / "SHA256SUMS").read_text() == (whole / "SHA256SUMS").read_text()
     assert all(file_sha256(out / name) == digest for digest, name in sums(out)) and not list(out.glob(".*"))
+    (out / "00003.tar").unlink()
+    assert pack(str(shards), out, shard_size=4) == done
+    assert file_sha256(out / "00003.tar") == sums(out)[3][0]
     with pytest.raises(ConfigError, match="shards of another pack"):
         pack(str(shards), out, shard_size=8)
 

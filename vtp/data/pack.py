@@ -99,7 +99,7 @@ def pack(
             raise ConfigError(f"{data} holds no picture")
         shards = -(-total // shard_size)
         bounds = [total * i // shards for i in range(shards + 1)]
-        missing = [i for i in range(shards) if not (out / f"{i:05d}.json").is_file()]
+        missing = [i for i in range(shards) if not all((out / f"{i:05d}.{e}").is_file() for e in ("tar", "json"))]
         jobs = [(data, annotations, out, i, *bounds[i : i + 2], plan["counts"]) for i in missing]
         for _ in spread("packing", _shard, jobs, shards):
             pass

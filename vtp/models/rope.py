@@ -116,8 +116,8 @@ class RopeEmbed(nn.Module):
         self, grid: tuple[int, int], prefix: int, device: torch.device
     ) -> tuple[Float[Tensor, "t h"], Float[Tensor, "t h"]]:
         """Tables of `prefix` unrotated tokens and then the patches of the grid, for `rotate`."""
+        if torch.compiler.is_dynamo_compiling():  # torch.compile, within which is_exporting() is true as well
+            return _opaque_tables(self.head_dim, *grid, prefix, self.dtype, device)
         if torch.compiler.is_exporting():  # in the operators that a file may hold
             return _signed_tables(self.head_dim, grid, prefix, self.dtype, device)
-        if torch.compiler.is_compiling():
-            return _opaque_tables(self.head_dim, *grid, prefix, self.dtype, device)
         return _cached_tables(self.head_dim, grid, prefix, self.dtype, device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from itertools import accumulate
 from operator import attrgetter
@@ -146,14 +146,13 @@ def _merge(conf: DictConfig, layer: DictConfig, said: str = "") -> DictConfig:
 
 def _check_groups(conf: DictConfig, layer: DictConfig, said: str, at: str = "") -> None:
     """Refuse a single value where a group of keys belongs; OmegaConf would name neither."""
-    keys: list[Any] = list(layer)
-    for key in keys:
-        group, given = (tree._get_node(key) if key in tree else None for tree in (conf, layer))
+    for key, given in cast("Iterable[tuple[str, Any]]", layer.items_ex(resolve=False)):
+        group: Any = conf._get_node(key) if key in conf else None
         if not isinstance(group, DictConfig) or group._is_none():
             continue
         if not isinstance(given, DictConfig):
-            below = [f"{at}{key}.{name}" for name in cast("dict[str, Any]", group)]
-            raise ConfigError(f"{said}{at}{key} is no value but a group of keys; give {', '.join(below)}")
+            below = ", ".join(f"{at}{key}.{name}" for name in cast("Iterable[str]", group))
+            raise ConfigError(f"{said}{at}{key} is no value but a group of keys; give {below}")
         _check_groups(group, given, said, f"{at}{key}.")
 
 

@@ -1,7 +1,6 @@
 import io
 import json
 import os
-import sys
 import tarfile
 
 import numpy as np
@@ -10,7 +9,7 @@ from PIL import Image
 
 from vtp.config import ConfigError
 from vtp.data import shards
-from vtp.data.samples import CLASS_TEMPLATES, LOST, Source, left_out
+from vtp.data.samples import CLASS_TEMPLATES, Source, left_out
 from vtp.data.scenes import CLASSES
 from vtp.data.sources import counts, open_source
 
@@ -145,85 +144,6 @@ def test_tar_shards_with_class_numbers_and_with_class_folders(tmp_path):
     assert folders.classes == {"class": ("bee", "owl")}
     assert [r.labels["class"] for r in everything(folders)] == [1, 0, 1]
     assert folders.shards == [str(tmp_path / "f.tar")] and not folders.random_access
-
-
-def test_annotations_give_captions_and_labels(tmp_path):
-    write_tar(
-        tmp_path / "a.tar", [(f"x/k{i}.{e}", d) for i in range(3) for e, d in (("jpg", picture(i)), ("txt", b"own"))]
-    )
-    rows = [
-        {"key": "k0", "captions": ["given"], "type": "shoe", "year": 2001, "price": 1.5},
-        {"key": "k1", "type": "hat", "year": 1999},
-        {"key": "elsewhere", "type": "hat"},
-    ]
-    notes = tmp_path / "notes.jsonl"
-    notes.write_text("\n".join(map(json.dumps, rows)))
-    source = open_source(str(tmp_path / "a.tar"), str(notes))
-    raws = everything(source)
-    assert [r.captions for r in raws] == [("given",), ("own",), ("own",)]
-    assert source.classes == {"type": ("hat", "shoe"), "year": ("1999", "2001")}
-    assert [r.labels for r in raws] == [{"type": 1, "year": 1}, {"type": 0, "year": 0}, {}]
-    assert source.report == {"samples": 3, "not in annotations": 1} and not left_out(source.report)
-    np.testing.assert_array_equal(counts(source, "type"), [2, 1])  # of the whole file, so that splits agree
-    for i in range(3):
-        (tmp_path / f"k{i}.jpg").write_bytes(picture(i))
-    notes.write_text("\n".join(json.dumps({"file_name": f"k{i}.jpg", "size": 11 - i}) for i in range(3)))
-    numbered = open_source(str(tmp_path / "a.tar"), str(notes))
-    assert numbered.classes == {"size": ("9", "10", "11")} and [r.labels["size"] for r in everything(numbered)] == [
-        2,
-        1,
-        0,
-    ]
-    notes.write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "a.tar").unlink()
-    assert [r.labels.get("type") for r in everything(open_source(str(tmp_path), str(notes)))] == [1, 0, None]
-
-
-@pytest.mark.parametrize("kind", ["beside", "metadata", "class folders"])
-def test_annotations_add_to_what_a_folder_says(tmp_path, kind):
-    """Labels leave captions as they are; what both name, the annotations number."""
-    for i, name in enumerate(("b/0.jpg", "a/1.jpg", "a/2.jpg")):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(picture(i))
-        if kind == "beside":
-            (tmp_path / name).with_suffix(".txt").write_text(f"number {i}")
-    rows = [
-        {"file_name": name, "text": f"number {i}", "class": "x", "hue": "red"}
-        for i, name in enumerate(("b/0.jpg", "a/1.jpg"))
-    ]
-    if kind == "metadata":
-        (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    notes = tmp_path / "notes.jsonl"
-    notes.write_text('{"key": "./b/0.jpg", "class": "owl"}\n{"key": "1", "class": "bee", "text": "given"}')
-    source = open_source(str(tmp_path), str(notes))
-    raws = {raw.key: raw for raw in everything(source)}
-    assert source.classes == {"class": ("bee", "owl")} | ({"hue": ("red",)} if kind == "metadata" else {})
-    assert raws["b/0.jpg"].labels["class"] == 1 and raws["a/1.jpg"].labels["class"] == 0
-    assert raws["a/1.jpg"].captions == ("given",)
-    if kind == "class folders":
-        assert raws["b/0.jpg"].captions == tuple(t.format("owl") for t in CLASS_TEMPLATES)
-        assert raws["a/2.jpg"].captions == tuple(t.format("a") for t in CLASS_TEMPLATES)
-        assert source.report == {"samples": 3, "not in annotations": 1}
-    else:
-        assert raws["b/0.jpg"].captions == ("number 0",)
-    assert len(raws) == (2 if kind == "metadata" else 3)
-    if kind != "metadata":
-        assert "class" not in raws["a/2.jpg"].labels
-
-
-def test_annotations_of_other_pictures_are_named(tmp_path, caplog):
-    (tmp_path / "a.jpg").write_bytes(picture(0))
-    notes = tmp_path / "notes.jsonl"
-    notes.write_text(json.dumps({"key": "b", "text": "t"}))
-    source = open_source(f"{tmp_path}::scenes", str(notes))
-    assert caplog.messages == [
-        f"{notes} has no line for any of the first pictures of {tmp_path}::scenes: the key of a line is a picture's "
-        "name, with or without its folder and suffix"
-    ]
-    assert source.report == {}
-    notes.write_text(json.dumps({"key": "a", "text": "t"}))
-    open_source(f"{tmp_path}::scenes", str(notes))
-    assert len(caplog.messages) == 1
 
 
 def test_a_truncated_shard_gives_what_it_holds_and_is_counted(tmp_path):
@@ -381,23 +301,6 @@ def test_a_file_with_braces_in_its_name(tmp_path):
     assert len(everything(open_source(str(tmp_path / "br{1..2}ace.tar")))) == 1
 
 
-@pytest.mark.parametrize("fault", ["gone", "cut"])
-def test_a_file_of_a_hub_set_that_breaks_is_left_out(tmp_path, fault, caplog):
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-    columns = {"image": [{"bytes": picture(i), "path": None} for i in range(12)], "text": ["t"] * 12}
-    rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
-    files = [tmp_path / f"train-{i:05d}-of-00003.parquet" for i in range(3)]
-    for i, file in enumerate(files):
-        rows.shard(3, i, contiguous=True).to_parquet(str(file))
-    source = open_source(f"hf:{tmp_path}")
-    if fault == "gone":
-        files[1].unlink()
-    else:
-        files[1].write_bytes(files[1].read_bytes()[:-100])
-    assert len(everything(source)) == 8 and source.report == {"samples": 8, "broken shard": 1, LOST: 4}
-    assert f"hf:{tmp_path}, file 1 is left out behind its first 0 samples" in caplog.text
-
-
 def test_a_key_that_comes_again_is_counted(tmp_path):
     members = [("a.jpg", picture(0)), ("b.jpg", picture(1)), ("a.jpg", picture(2)), ("a.txt", b"late")]
     source = open_source(str(write_tar(tmp_path / "a.tar", members)))
@@ -515,53 +418,6 @@ def test_real_class_folders_in_a_shard(shared):
     np.testing.assert_array_equal(counts(source, "class"), [50] * 100)
 
 
-@pytest.mark.parametrize("kind", ["saved", "splits", "parquet"])
-def test_hugging_face_datasets(tmp_path, kind):
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-    datasets.disable_progress_bars()
-    columns = {
-        "image": [{"bytes": picture(i), "path": None} for i in range(12)],
-        "text": [f"number {i}" if i else None for i in range(12)],
-        "label": [i % 3 for i in range(12)],
-    }
-    features = datasets.Features(
-        {
-            "image": datasets.Image(),
-            "text": datasets.Value("string"),
-            "label": datasets.ClassLabel(names=["a", "b", "c"]),
-        }
-    )
-    rows = datasets.Dataset.from_dict(columns, features=features)
-    data = f"hf:{tmp_path}/set"
-    if kind == "saved":
-        rows.save_to_disk(str(tmp_path / "set"))
-    elif kind == "splits":
-        datasets.DatasetDict({"held_out": rows}).save_to_disk(str(tmp_path / "set"))
-        data += ":held_out"
-    else:
-        (tmp_path / "set").mkdir()
-        for i in range(3):
-            rows.shard(3, i, contiguous=True).to_parquet(str(tmp_path / "set" / f"train-{i:05d}-of-00003.parquet"))
-    source = open_source(data)
-    assert isinstance(source, Source) and source.random_access == (kind != "parquet")
-    assert len(source.shards) == (3 if kind == "parquet" else 12)
-    assert source.classes == {"class": ("a", "b", "c")}
-    raws = everything(source)
-    assert [r.image for r in raws] == [picture(i) for i in range(12)]
-    assert raws[0].captions == tuple(t.format("a") for t in CLASS_TEMPLATES) and raws[5].captions == ("number 5",)
-    assert [r.labels["class"] for r in raws] == [0, 1, 2] * 4
-    np.testing.assert_array_equal(counts(source, "class"), [4, 4, 4])
-    for gone in ("set:nowhere", "set/gone"):
-        with pytest.raises(ConfigError, match="cannot be opened"):
-            open_source(f"hf:{tmp_path}/{gone}")
-
-
-def test_a_hugging_face_set_without_the_library(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match="pip install 'vtp.datasets.'"):
-        open_source(f"hf:{tmp_path}")
-
-
 def test_a_mixture_reads_as_its_parts(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name / f"{name}_class").mkdir(parents=True)
@@ -602,18 +458,3 @@ def test_a_folder_of_splits_is_no_folder_of_classes(tmp_path):
     with pytest.raises(ConfigError, match="holds splits, not classes; name one of them, as in .*test"):
         open_source(str(tmp_path))
     assert open_source(str(tmp_path / "train")).classes == {"class": ("cat", "dog")}
-
-
-def test_several_lines_of_a_picture_and_lines_that_are_not_utf8(tmp_path):
-    for name in "ab":
-        (tmp_path / f"{name}.png").write_bytes(picture(1, "PNG"))
-    lines = [
-        b'{"file_name": "a.png", "text": "one", "style": "old"}',
-        '{"file_name": "a.png", "text": "two\u2028lines in one"}'.encode(),
-        b'{"file_name": "b.png", "text": "caf\xe9"}',
-    ]
-    (tmp_path / "metadata.jsonl").write_bytes(b"\r\n".join(lines))
-    source = open_source(str(tmp_path))
-    a, b = everything(source)
-    assert a.captions == ("one", "two\u2028lines in one") and a.labels == {"style": 0} and b.captions == ("caf\ufffd",)
-    assert source.report == {"samples": 2, "caption not UTF-8": 1}

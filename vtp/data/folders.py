@@ -18,11 +18,9 @@ from vtp.data.samples import (
     Raw,
     Table,
     assemble,
-    captions_in,
+    captions_beside,
     classes_of,
-    row_of,
     templates_of,
-    text_of,
 )
 
 log = logging.getLogger(__name__)
@@ -89,9 +87,7 @@ class FolderSource(Alone):
             return
         captions: tuple[str, ...] = ()
         if self._written:
-            text, row = _beside(file)
-            captions = captions_in({"text": text_of(text, self.report)}) if text else ()
-            captions = captions or (captions_in(row_of(row, self.report)) if row else ())
+            captions, _ = captions_beside(*_beside(file), self.report)
         labels: dict[str, int] = {}
         if self._metadata is not None:
             captions, labels = self._metadata.of(key, self.report)
@@ -128,13 +124,13 @@ def _walk(root: Path) -> tuple[list[str], set[str]]:
     return pictures, texts
 
 
-def _beside(picture: Path) -> tuple[bytes, bytes]:
-    """The text and the JSON of a picture's name; empty where there is none."""
+def _beside(picture: Path) -> tuple[bytes | None, bytes | None]:
+    """The text and the JSON of a picture's name."""
 
-    def read(suffix: str) -> bytes:
+    def read(suffix: str) -> bytes | None:
         try:
-            return picture.with_suffix(suffix).read_bytes()
+            return picture.with_suffix(suffix).read_bytes() or None
         except OSError:
-            return b""
+            return None
 
     return read(".txt"), read(".json")

@@ -25,7 +25,7 @@ from vtp import dist
 from vtp.config import ConfigError
 from vtp.data.batches import Batch, Tokenizer, build
 from vtp.data.order import BATCH, Cursor, Layout, Place, positions
-from vtp.data.samples import LOST, Raw, Source, left_out
+from vtp.data.samples import LOST, Raw, Source, in_vain, left_out
 from vtp.data.sources import fingerprint, head
 from vtp.data.views import BatchConfig, ViewsConfig, check
 
@@ -141,7 +141,7 @@ class Loader:
         whole = all(now[:3] >= (then.epoch + 1, *then[1:3]) for now, then in zip(cursor.places, begun, strict=True))
         if samples < _WINDOW // 2 and not whole:
             return
-        broken = left_out(seen) + Counter({LOST: seen[LOST]})
+        broken = in_vain(seen)
         if broken.total() >= 20 and broken.total() > self._max_broken * samples:
             reasons = ", ".join(f"{n} {reason}" for reason, n in broken.most_common())
             raise ConfigError(

@@ -97,6 +97,11 @@ def left_out(report: Mapping[str, int]) -> Counter[str]:
     return Counter({reason: n for reason, n in report.items() if reason not in HARMLESS})
 
 
+def in_vain(report: Mapping[str, int]) -> Counter[str]:
+    """The same, and what is thought to be lost with broken shards."""
+    return left_out(report) + Counter({LOST: report.get(LOST, 0)})
+
+
 def ended(given: int, well: bool, whole: Counter[str], report: Counter[str]) -> None:
     """A shard gave its last sample: count it among the whole ones, or what it lacks of their mean as lost."""
     if well:
@@ -249,6 +254,15 @@ def assemble(
 
 def _called(labels: Mapping[str, int], classes: Mapping[str, Sequence[str]]) -> str | None:
     return classes["class"][labels["class"]] if "class" in labels and "class" in classes else None
+
+
+def captions_beside(
+    text: bytes | None, row: bytes | None, report: Counter[str], whole: bool = False
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Captions of the text, or else of the JSON, beside a picture; and the JSON, read for them or if `whole`."""
+    captions = () if text is None else captions_in({"text": text_of(text, report)})
+    found = {} if row is None or (captions and not whole) else row_of(row, report)
+    return captions or captions_in(found), found
 
 
 def captions_in(row: Mapping[str, Any]) -> tuple[str, ...]:

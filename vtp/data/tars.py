@@ -18,12 +18,10 @@ from vtp.data.samples import (
     Raw,
     Table,
     assemble,
-    captions_in,
+    captions_beside,
     classes_of,
     ended,
-    row_of,
     templates_of,
-    text_of,
 )
 
 LABELS = "labels.json"  # beside packed shards: {label: its class names}, for the labels in KEY.json
@@ -92,14 +90,10 @@ class TarSource(Alone):
                 self.report["dots in its name" if dotted else "no picture"] += 1
                 yield None
                 continue
-            captions: tuple[str, ...] = ()
-            if "txt" in member:
-                captions = captions_in({"text": text_of(member["txt"], self.report)})
-            labels = {}
-            if "json" in member and (self._columns or not captions):
-                row = row_of(member["json"], self.report)
-                captions = captions or captions_in(row)
-                labels = {c: index[str(row[c])] for c, index in self._columns.items() if str(row.get(c)) in index}
+            captions, row = captions_beside(
+                member.get("txt"), member.get("json"), self.report, whole=bool(self._columns)
+            )
+            labels = {c: index[str(row[c])] for c, index in self._columns.items() if str(row.get(c)) in index}
             if "cls" in member:
                 word = member["cls"].strip().decode(errors="replace")
                 number = self._words.get(word, int(word) if word.isdecimal() and len(word) < 10 else -1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from safetensors import SafetensorError
 from vtp import dist
 from vtp.config import ConfigError
 from vtp.data.loader import Loader
-from vtp.data.samples import LOST, left_out
+from vtp.data.samples import in_vain
 from vtp.data.sources import open_source
 from vtp.engine.checkpoint import CheckpointError
 from vtp.engine.logging import say
@@ -96,7 +95,7 @@ def _report_broken(loader: Loader, cfg: PretrainConfig, file: Path) -> None:
     A broken sample counts in each epoch that meets it. With several ranks the counts are those of the last checkpoint.
     """
     data: dict[str, Any] = {name: given for name in DATA if (given := getattr(cfg, name)) is not None}
-    broken, reads = left_out(loader.total) + Counter({LOST: loader.total[LOST]}), loader.total["samples"]
+    broken, reads = in_vain(loader.total), loader.total["samples"]
     if broken:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in broken.items())
         say(f"left out of {' and '.join(data.values())}: {reasons}; of {reads:,} reads, each epoch's counted")

@@ -1,0 +1,104 @@
+"""Captions and labels by key, in a jsonl file beside the data or given with them."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.data.test_sources import everything, picture, write_tar
+from vtp.data.samples import CLASS_TEMPLATES, left_out
+from vtp.data.sources import counts, open_source
+
+
+def test_annotations_give_captions_and_labels(tmp_path):
+    write_tar(
+        tmp_path / "a.tar", [(f"x/k{i}.{e}", d) for i in range(3) for e, d in (("jpg", picture(i)), ("txt", b"own"))]
+    )
+    rows = [
+        {"key": "k0", "captions": ["given"], "type": "shoe", "year": 2001, "price": 1.5},
+        {"key": "k1", "type": "hat", "year": 1999},
+        {"key": "elsewhere", "type": "hat"},
+    ]
+    notes = tmp_path / "notes.jsonl"
+    notes.write_text("\n".join(map(json.dumps, rows)))
+    source = open_source(str(tmp_path / "a.tar"), str(notes))
+    raws = everything(source)
+    assert [r.captions for r in raws] == [("given",), ("own",), ("own",)]
+    assert source.classes == {"type": ("hat", "shoe"), "year": ("1999", "2001")}
+    assert [r.labels for r in raws] == [{"type": 1, "year": 1}, {"type": 0, "year": 0}, {}]
+    assert source.report == {"samples": 3, "not in annotations": 1} and not left_out(source.report)
+    np.testing.assert_array_equal(counts(source, "type"), [2, 1])  # of the whole file, so that splits agree
+    for i in range(3):
+        (tmp_path / f"k{i}.jpg").write_bytes(picture(i))
+    notes.write_text("\n".join(json.dumps({"file_name": f"k{i}.jpg", "size": 11 - i}) for i in range(3)))
+    numbered = open_source(str(tmp_path / "a.tar"), str(notes))
+    assert numbered.classes == {"size": ("9", "10", "11")} and [r.labels["size"] for r in everything(numbered)] == [
+        2,
+        1,
+        0,
+    ]
+    notes.write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "a.tar").unlink()
+    assert [r.labels.get("type") for r in everything(open_source(str(tmp_path), str(notes)))] == [1, 0, None]
+
+
+@pytest.mark.parametrize("kind", ["beside", "metadata", "class folders"])
+def test_annotations_add_to_what_a_folder_says(tmp_path, kind):
+    """Labels leave captions as they are; what both name, the annotations number."""
+    for i, name in enumerate(("b/0.jpg", "a/1.jpg", "a/2.jpg")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(picture(i))
+        if kind == "beside":
+            (tmp_path / name).with_suffix(".txt").write_text(f"number {i}")
+    rows = [
+        {"file_name": name, "text": f"number {i}", "class": "x", "hue": "red"}
+        for i, name in enumerate(("b/0.jpg", "a/1.jpg"))
+    ]
+    if kind == "metadata":
+        (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    notes = tmp_path / "notes.jsonl"
+    notes.write_text('{"key": "./b/0.jpg", "class": "owl"}\n{"key": "1", "class": "bee", "text": "given"}')
+    source = open_source(str(tmp_path), str(notes))
+    raws = {raw.key: raw for raw in everything(source)}
+    assert source.classes == {"class": ("bee", "owl")} | ({"hue": ("red",)} if kind == "metadata" else {})
+    assert raws["b/0.jpg"].labels["class"] == 1 and raws["a/1.jpg"].labels["class"] == 0
+    assert raws["a/1.jpg"].captions == ("given",)
+    if kind == "class folders":
+        assert raws["b/0.jpg"].captions == tuple(t.format("owl") for t in CLASS_TEMPLATES)
+        assert raws["a/2.jpg"].captions == tuple(t.format("a") for t in CLASS_TEMPLATES)
+        assert source.report == {"samples": 3, "not in annotations": 1}
+    else:
+        assert raws["b/0.jpg"].captions == ("number 0",)
+    assert len(raws) == (2 if kind == "metadata" else 3)
+    if kind != "metadata":
+        assert "class" not in raws["a/2.jpg"].labels
+
+
+def test_annotations_of_other_pictures_are_named(tmp_path, caplog):
+    (tmp_path / "a.jpg").write_bytes(picture(0))
+    notes = tmp_path / "notes.jsonl"
+    notes.write_text(json.dumps({"key": "b", "text": "t"}))
+    source = open_source(f"{tmp_path}::scenes", str(notes))
+    assert caplog.messages == [
+        f"{notes} has no line for any of the first pictures of {tmp_path}::scenes: the key of a line is a picture's "
+        "name, with or without its folder and suffix"
+    ]
+    assert source.report == {}
+    notes.write_text(json.dumps({"key": "a", "text": "t"}))
+    open_source(f"{tmp_path}::scenes", str(notes))
+    assert len(caplog.messages) == 1
+
+
+def test_several_lines_of_a_picture_and_lines_that_are_not_utf8(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(picture(1, "PNG"))
+    lines = [
+        b'{"file_name": "a.png", "text": "one", "style": "old"}',
+        '{"file_name": "a.png", "text": "two\u2028lines in one"}'.encode(),
+        b'{"file_name": "b.png", "text": "caf\xe9"}',
+    ]
+    (tmp_path / "metadata.jsonl").write_bytes(b"\r\n".join(lines))
+    source = open_source(str(tmp_path))
+    a, b = everything(source)
+    assert a.captions == ("one", "two\u2028lines in one") and a.labels == {"style": 0} and b.captions == ("caf\ufffd",)
+    assert source.report == {"samples": 2, "caption not UTF-8": 1}

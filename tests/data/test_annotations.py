@@ -74,6 +74,41 @@ def test_annotations_add_to_what_a_folder_says(tmp_path, kind):
         assert "class" not in raws["a/2.jpg"].labels
 
 
+@pytest.mark.parametrize("named", ["folder", "cls"])
+def test_annotations_add_to_the_classes_of_shards(tmp_path, named):
+    """Labels of another column leave classes and the captions made from them as they are."""
+    members = [("b/0.jpg", picture(0)), ("a/1.jpg", picture(1))]
+    if named == "cls":
+        members = [(f"{i}.{e}", d) for i, c in enumerate((b"b", b"a")) for e, d in (("jpg", picture(i)), ("cls", c))]
+    write_tar(tmp_path / "x.tar", members)
+    notes = tmp_path / "notes.jsonl"
+    notes.write_text('{"key": "0", "file_name": "0.jpg", "year": 1999}')
+    source = open_source(str(tmp_path / "x.tar"), str(notes))
+    assert source.classes == {"class": ("a", "b"), "year": ("1999",)}  # and a line's second name is no label
+    assert [raw.labels for raw in everything(source)] == [{"class": 1, "year": 0}, {"class": 0}]
+    assert [raw.captions[0] for raw in everything(source)] == ["a photo of a b", "a photo of a a"]
+
+
+def test_texts_serve_where_metadata_have_no_caption(tmp_path):
+    rows = [{"file_name": "0.jpg", "hue": "red"}, {"file_name": "1.jpg", "text": "its own"}, {"file_name": "2.jpg"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(picture(i))
+        if i < 2:
+            (tmp_path / f"{i}.txt").write_text(f"text {i}")
+    raws = everything(open_source(str(tmp_path)))
+    assert [raw.captions for raw in raws] == [("text 0",), ("its own",), ()]
+    assert [raw.labels for raw in raws] == [{"hue": 0}, {}, {}]
+
+
+def test_metadata_of_a_folder_below_are_named(tmp_path, caplog):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/0.jpg").write_bytes(picture(0))
+    (tmp_path / "train/metadata.jsonl").write_text('{"file_name": "0.jpg", "text": "t"}')
+    open_source(str(tmp_path))
+    assert f"name that one, {tmp_path}/train" in caplog.text
+
+
 def test_annotations_of_other_pictures_are_named(tmp_path, caplog):
     (tmp_path / "a.jpg").write_bytes(picture(0))
     notes = tmp_path / "notes.jsonl"

@@ -105,6 +105,19 @@ def test_a_killed_pack_goes_on_and_ends_the_same(tmp_path):
         pack(str(shards), out, shard_size=8)
 
 
+def test_counting_goes_on_behind_a_line_cut_short(tmp_path):
+    for s in range(3):
+        write_tar(tmp_path / "in" / f"{s}.tar", [(f"{s}_{i}.jpg", picture(i)) for i in range(s + 1)])
+    done = pack(str(tmp_path / "in"), tmp_path / "whole", shard_size=2)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/pack.json").write_text((tmp_path / "whole/pack.json").read_text())
+    (tmp_path / "out/counts.jsonl").write_text("\n[2, 3]\n[0, ")
+    told = []
+    assert pack(str(tmp_path / "in"), tmp_path / "out", shard_size=2, progress=lambda *at: told.append(at)) == done
+    assert [at for at in told if at[0] == "counting"] == [("counting", n, 3) for n in (1, 2, 3)]
+    assert (tmp_path / "out/SHA256SUMS").read_text() == (tmp_path / "whole/SHA256SUMS").read_text()
+
+
 def sums(out):
     return [line.split() for line in (out / "SHA256SUMS").read_text().splitlines()]
 
@@ -152,6 +165,16 @@ def test_what_is_left_out_is_counted_once_wherever_it_stands(tmp_path):
     done = pack(str(shards), out, shard_size=2)
     assert done["left_out"] == summary["left_out"] == {"no picture": 2, "unsafe name": 1, "broken shard": 1}
     assert done["samples"] == summary["usable"]
+
+
+def test_inspection_of_a_mixture_reads_a_share_of_each_part(folder, tmp_path):
+    for s in range(2):
+        write_tar(tmp_path / "tars" / f"{s}.tar", [(f"{s}_{i}.jpg", picture(i)) for i in range(8)])
+    data = f"{folder}@1::{tmp_path}/tars@2::scenes@1"
+    summary = write_inspection(data, None, 16, tmp_path / "page")
+    assert (summary["samples"], summary["whole"]) == (16, False)
+    assert summary["labels"]["shape"]["found"] > 1 and sum(summary["labels"]["class"]["commonest"].values()) == 4
+    assert write_inspection(f"{folder}::{tmp_path}/tars", None, 80, tmp_path / "page")["whole"]
 
 
 def test_inspection_takes_braces(tmp_path):

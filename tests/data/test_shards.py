@@ -186,6 +186,14 @@ def test_shards_on_s3(folder, monkeypatch):
         assert [raw.key for raw in everything(source)] == KEYS and source.report == {"samples": 27}
         with pytest.raises(ConfigError, match="no pictures in s3://pictures/typo"):
             open_source("s3://pictures/typo/{0..2}.tar")
+        client.put_object(Bucket="pictures", Key="train/0.parquet", Body=b"")
+        client.put_object(Bucket="pictures", Key="train/more/3.tar", Body=b"")
+        assert open_source("s3://pictures/train/*.tar").shards == [f"s3://pictures/train/{s}.tar" for s in range(3)]
+        assert len(open_source("s3://pictures/train/[12]*").shards) == 2
+        with pytest.raises(ConfigError, match=r"no shards at s3://pictures/typo/\*.tar"):
+            open_source("s3://pictures/typo/*.tar")
+        with pytest.raises(ConfigError, match=r"s3://none/\*.tar cannot be listed: .*NoSuchBucket"):
+            open_source("s3://none/*.tar")
         client.delete_object(Bucket="pictures", Key="train/1.tar")
         assert len(everything(source)) == 18 and source.report["broken shard"] == 1
         running.stop()

@@ -42,6 +42,8 @@ class FolderSource(Alone):
         # A metadata file says which files belong to the set; one that is missing is then a broken sample.
         self._metadata = Table.load(metadata, ("file_name",)) if metadata.is_file() else None
         found, texts = _walk(root) if self._metadata is None else (self._metadata.labels, set())
+        if self._metadata is None and (below := next(root.glob("*/metadata.jsonl"), None)):
+            log.warning("%s is not read: it is of its folder alone; name that one, %s", below, below.parent)
         self.files = sorted(found)
         if not self.files:
             raise ConfigError(
@@ -85,12 +87,9 @@ class FolderSource(Alone):
         if large:
             self.report["file too large"] += 1
             return
-        captions: tuple[str, ...] = ()
-        if self._written:
+        captions, labels = ((), {}) if self._metadata is None else self._metadata.of(key, self.report)
+        if not captions and (self._written or self._metadata is not None):
             captions, _ = captions_beside(*_beside(file), self.report)
-        labels: dict[str, int] = {}
-        if self._metadata is not None:
-            captions, labels = self._metadata.of(key, self.report)
         folder = key.split("/", 1)[0] if "/" in key else None
         yield assemble(key, image, captions, labels, folder, self._folders, self.table, self.report)
 

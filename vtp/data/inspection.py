@@ -47,7 +47,8 @@ def inspect(
     repeats = size_in_bytes = 0
     shown: list[tuple[Image.Image, str]] = []
     every = 1  # a picture of every so many is kept; doubled whenever the sheet is full twice over
-    for n, raw in enumerate(islice(_spread(source, limit), limit), start=1):
+    whole: list[bool] = []  # of each part
+    for n, raw in enumerate(_spread(source, limit, whole), start=1):
         progress(n)
         try:
             pixels = raw.decoded()
@@ -81,7 +82,7 @@ def inspect(
         "data": source.name,
         "samples": source.report["samples"],
         "usable": len(sizes),
-        "whole": limit is None or source.report["samples"] < limit,
+        "whole": all(whole),
         "left_out": dict(broken_by.most_common()),
         "kept": {reason: n for reason, n in source.report.items() if reason not in ("samples", LOST, *broken_by)},
         LOST: source.report[LOST],
@@ -108,13 +109,23 @@ def inspect(
     return summary, [shown[i] for i in spread]
 
 
-def _spread(source: Source, limit: int | None) -> Iterator[Raw]:
-    """Samples in order, or of a part of the shards at even distances where that gives enough."""
-    shards = source.shards
-    if limit is not None and source.random_access and limit < len(shards):
-        shards = [shards[i * len(shards) // limit] for i in range(limit)]
-    for shard in shards:
-        yield from source.read(shard)
+def _spread(source: Source, limit: int | None, whole: list[bool]) -> Iterator[Raw]:
+    """At most `limit` samples, of each part of a mixture its share: in order, or at even distances with random access.
+
+    `whole` is told of each part whether that is all of it.
+    """
+    due = 0.0
+    for part, share in source.parts:
+        begun, due = round(due), due + share * (limit or 0)
+        n = None if limit is None else round(due) - begun
+        shards = part.shards
+        if n is not None and part.random_access and n < len(shards):
+            shards = [shards[i * len(shards) // n] for i in range(n)]
+        read = 0
+        for raw in islice((raw for shard in shards for raw in part.read(shard)), n):
+            read += 1
+            yield raw
+        whole.append(n is None or (read < n and len(shards) == len(part.shards)))
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:

@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from vtp.data.sources import fingerprint, open_source
 from vtp.data.tars import LABELS
 from vtp.files import file_sha256
 
-PLAN, SUMS = "pack.json", "SHA256SUMS"
+PLAN, COUNTS, SUMS = "pack.json", "counts.jsonl", "SHA256SUMS"
 _SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
@@ -88,19 +89,25 @@ def pack(
                 progress(doing, done, total)
 
         if not file.is_file():
-            plan["counts"] = None
-            if not source.random_access:
-                jobs = [(data, annotations, i) for i in range(len(source.shards))]
-                plan["counts"] = [n for _, n in sorted(spread("counting", _count, jobs, len(jobs)))]
             _write(file, json.dumps(plan))
-        available = len(source.shards) if plan["counts"] is None else sum(plan["counts"])
+        counts = None
+        if not source.random_access:
+            known = _known(out / COUNTS)
+            jobs: list[tuple[Any, ...]] = [(data, annotations, i) for i in range(len(source.shards)) if i not in known]
+            with (out / COUNTS).open("a") as lines:
+                for shard, n in spread("counting", _count, jobs, len(source.shards)):
+                    known[shard] = n
+                    lines.write(f"\n{json.dumps([shard, n])}")
+                    lines.flush()
+            counts = [n for _, n in sorted(known.items())]
+        available = len(source.shards) if counts is None else sum(counts)
         total = available if limit is None else min(limit, available)
         if total == 0:
             raise ConfigError(f"{data} holds no picture")
         shards = -(-total // shard_size)
         bounds = [total * i // shards for i in range(shards + 1)]
         missing = [i for i in range(shards) if not all((out / f"{i:05d}.{e}").is_file() for e in ("tar", "json"))]
-        jobs = [(data, annotations, out, i, *bounds[i : i + 2], plan["counts"]) for i in missing]
+        jobs = [(data, annotations, out, i, *bounds[i : i + 2], counts) for i in missing]
         for _ in spread("packing", _shard, jobs, shards):
             pass
     reports = [json.loads((out / f"{i:05d}.json").read_text()) for i in range(shards)]
@@ -125,6 +132,15 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def _known(file: Path) -> dict[int, int]:
+    """Samples of the shards that were counted before; a line cut short by the end of a run is none."""
+    known: dict[int, int] = {}
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        with suppress(ValueError):
+            known |= [json.loads(line)]
+    return known
 
 
 def _count(data: str, annotations: str | None, shard: int) -> tuple[int, int]:

@@ -136,7 +136,8 @@ class Table:
             broken: Counter[str] = Counter()
             try:
                 row = json.loads(text_of(line, broken))
-                key = str(next(row.pop(k) for k in key_columns if k in row)).removeprefix("./")
+                named = {column: row.pop(column, None) for column in KEY_COLUMNS}  # a second name is no label
+                key = str(next(named[c] for c in key_columns if named[c] is not None)).removeprefix("./")
             except (ValueError, RecursionError, StopIteration, AttributeError) as error:
                 wanted = " or ".join(f'"{k}"' for k in key_columns)
                 raise ConfigError(f"{path}, line {number}: not a JSON object with {wanted} ({error})") from None

@@ -16,6 +16,8 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from functools import cache, lru_cache
 from http.client import HTTPException
 from pathlib import Path
@@ -40,14 +42,14 @@ def expand(data: str) -> list[str]:
     """Shards that a string of braces, globs and schemes stands for, in order.
 
     Raises:
-        ConfigError: a local shard that is not there.
+        ConfigError: a local shard that is not there, or nothing that a glob stands for.
     """
     from webdataset.shardlists import expand_urls
 
     shards: list[str] = []
     for url in [data] if os.path.isfile(os.path.expanduser(data)) else expand_urls(data):
         if REMOTE.match(url):
-            shards.append(url)
+            shards += _listed_s3(url) if url.startswith("s3://") and glob.has_magic(url) else [url]
             continue
         local = os.path.expanduser(url)
         found = sorted(glob.glob(local)) if glob.has_magic(local) and not os.path.exists(local) else [local]
@@ -199,20 +201,46 @@ def _open(shard: str) -> Any:
 
 
 def _open_s3(shard: str) -> Any:
+    bucket, _, key = shard.removeprefix("s3://").partition("/")
+    with _s3_errors(shard):
+        return _Closing(_s3(os.getpid()).get_object(Bucket=bucket, Key=key)["Body"])
+
+
+def _listed_s3(pattern: str) -> list[str]:
+    """The shards that a glob stands for, in order."""
+    bucket, _, key = pattern.removeprefix("s3://").partition("/")
+    try:
+        with _s3_errors(pattern):
+            pages = (
+                _s3(os.getpid())
+                .get_paginator("list_objects_v2")
+                .paginate(Bucket=bucket, Prefix=re.split(r"[*?[]", key)[0])
+            )
+            keys = [found["Key"] for page in pages for found in page.get("Contents", ())]
+    except OSError as error:
+        raise ConfigError(f"{pattern} cannot be listed: {error}") from None
+    keys = [k for k in keys if fnmatchcase(k, key) and k.count("/") == key.count("/") and _TAR.search(k)]
+    if not keys:
+        raise ConfigError(f"no shards at {pattern}")
+    return [f"s3://{bucket}/{k}" for k in sorted(keys)]
+
+
+@contextmanager
+def _s3_errors(place: str) -> Iterator[None]:
+    """boto3's errors as OSError, or as ConfigError where trying again is in vain."""
     try:
         from botocore import exceptions as wrong
     except ImportError:
         raise ConfigError("reading s3:// needs boto3; pip install 'vtp[s3]'") from None
-    bucket, _, key = shard.removeprefix("s3://").partition("/")
     try:
-        return _Closing(_s3(os.getpid()).get_object(Bucket=bucket, Key=key)["Body"])
+        yield
     except wrong.ClientError as error:
         missing = error.response["Error"]["Code"] in ("NoSuchKey", "NoSuchBucket", "404", "AccessDenied")
         raise (FileNotFoundError if missing else OSError)(f"{error}") from None
     except wrong.NoCredentialsError:
-        raise ConfigError(f"{shard}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
+        raise ConfigError(f"{place}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
     except (wrong.ProfileNotFound, wrong.PartialCredentialsError, wrong.ParamValidationError, ValueError) as error:
-        raise ConfigError(f"{shard}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{place}: {' '.join(str(error).split())}") from None
     except wrong.BotoCoreError as error:  # connections and time-outs
         raise OSError(f"{error}") from None
 

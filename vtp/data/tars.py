@@ -6,7 +6,7 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from vtp.config import ConfigError
@@ -54,7 +54,7 @@ class TarSource(Alone):
         names = shards.beside(self.shards[0], "classes.json") if classed or not far else None
         scanned = names is None and not far
         folders: Iterable[str] = ()
-        if scanned and self.table is None and not {"txt", "json", "cls"} & first.keys() and "/" in first["__key__"]:
+        if scanned and not {"txt", "json", "cls"} & first.keys() and "/" in first["__key__"]:
             folders = _scan(self.shards, lambda name, _: name.split("/")[-2] if "/" in name else None)
         folders = sorted(set(folders))
         folders = folders if len(folders) > 1 else []  # one folder is a place, not a class
@@ -63,6 +63,8 @@ class TarSource(Alone):
         if scanned and "cls" in first and "class" not in classes:
             found = _scan(self.shards, lambda name, text: text().strip() if name.endswith(".cls") else None)
             classes["class"] = _numbered(set(found), self.name)
+            if not classes["class"][0].isdecimal():  # a number is nothing to call a picture
+                self._folders = replace(self._folders, classes={"class": classes["class"]})
         listed = shards.beside(self.shards[0], LABELS) if "json" in first else None
         named = _labels(listed, f"{LABELS} beside {self.shards[0]}")
         classes = {label: names for label, names in named.items() if label not in classes} | classes

@@ -3,7 +3,7 @@ import copy
 import torch
 import torch.nn.functional as F
 
-from vtp.models.dino_head import DINOHead
+from vtp.models.dino_head import DINOHead, Prototypes, _UnitRows
 
 
 def test_logits_are_cosines_to_prototypes():
@@ -27,6 +27,16 @@ def test_names_copies_and_gradients():
         assert head.embed(x).dtype == torch.float32
         head(x).float().square().sum().backward()
     assert all(p.grad.any() for p in head.parameters())
+
+
+def test_gradient_of_the_prototypes():
+    prototypes = Prototypes(8, 20).double()
+    torch.nn.init.uniform_(prototypes.weight_g, 0.5, 2.0)
+    v, gain = (p.detach().requires_grad_() for p in (prototypes.weight_v, prototypes.weight_g))
+    assert torch.autograd.gradcheck(_UnitRows.apply, (v, gain))
+    torch.testing.assert_close(_UnitRows.apply(v, gain), F.normalize(v, dim=1) * gain)
+    assert _UnitRows.apply(torch.zeros(1, 8), torch.ones(1, 1)).eq(0).all()
+    assert prototypes.weight().dtype == torch.float32
 
 
 def test_one_layer():

@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from vtp.models.layers import Linear
+
+
+class _UnitRows(torch.autograd.Function):
+    """gain v / |v| for each row, its gradient in closed form: autograd's makes 10 passes over all prototypes, this 4."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, gain: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp_min_(1e-12)
+        scale = gain / norm
+        ctx.save_for_backward(v, norm, scale)
+        return v * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        v, norm, scale = ctx.saved_tensors
+        along = (grad * v).sum(1, keepdim=True) / norm
+        return torch.addcmul(grad, v, -along / norm).mul_(scale), along
 
 
 class Prototypes(nn.Module):
@@ -28,7 +48,7 @@ class Prototypes(nn.Module):
 
     def weight(self) -> Float[Tensor, "k d"]:
         """The prototypes themselves, in float32."""
-        return F.normalize(self.weight_v.float(), dim=1) * self.weight_g
+        return _UnitRows.apply(self.weight_v.float(), self.weight_g.float())
 
     def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
         return F.linear(x, self.weight())

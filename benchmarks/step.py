@@ -1,6 +1,6 @@
 """One joint step beside the three steps that it joins, alternating in this process. One JSON line a figure.
 
-    PEERS_SRC=DIR python benchmarks/step.py [fp32|bf16 ...]
+    PEERS_SRC=DIR python benchmarks/step.py [fp32|bf16 ...] [compile]
 
 DIR/facebookresearch+dinov2 is a checkout of DINOv2; open_clip and timm are installed packages. The setting: ViT-S/16 at
 96 px, 16 images for each objective, text tower and decoder 384 x 12, captions of 8 to 30 tokens, 2 crops of 96 and 8 of
@@ -13,7 +13,8 @@ captions on both sides, and end with AdamW's update and the teacher's. The proce
 - auto-encoder: timm's ViT-S/16, 64 channels, 12 blocks of a decoder, L1.
 
 `ratio` is their sum over ours in the same round, its median. `utilisation` is FLOPs of the step, counted by torch, over
-its time, over the rate of a 1536^3 product in the same round.
+its time, over the rate of a 1536^3 product in the same round. `compile` adds our step with parallel.compile=true, as a
+user would run it; it takes minutes to compile. The peers run as they are used, uncompiled.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from vtp.engine.speed import reuse_memory
 THREADS, ROUNDS, WARM, BATCH, SIZE, LOCAL, CROPS, PROTOTYPES = 2, 7, 3, 16, 96, 48, 8, 8192
 WIDTH, DEPTH, HEADS, PATCH, CONTEXT = 384, 12, 6, 16, 77
 GRID = SIZE // PATCH
-OURS = "joint step"
+OURS, COMPILED = "joint step", "joint step, torch.compile"
 
 Step = Callable[[], object]
 
@@ -199,7 +200,7 @@ def dinov2_step(precision: str, source: str) -> tuple[Step, dict]:
     return step, data
 
 
-def our_step(precision: str, images: Tensor, tokens: Tensor, data: dict) -> Step:
+def our_step(precision: str, images: Tensor, tokens: Tensor, data: dict, compile: bool = False) -> Step:
     """The joint step on the same images, captions, crops and masks; captions are cut as in training."""
     from vtp.data.batches import Batch, ClipBatch, RecBatch, SSLBatch, cut, token_counts
     from vtp.data.views import BatchConfig, ViewsConfig
@@ -212,6 +213,7 @@ def our_step(precision: str, images: Tensor, tokens: Tensor, data: dict) -> Step
         cfg,
         precision=precision,
         perceptual="none",
+        parallel=replace(cfg.parallel, compile=compile),
         batch=BatchConfig(clip=BATCH, ssl=BATCH, rec=BATCH),
         distil=replace(cfg.distil, prototypes=PROTOTYPES, centering="centering"),
         views=ViewsConfig(size=SIZE, global_size=SIZE, local_size=LOCAL, local_crops=CROPS),
@@ -260,7 +262,7 @@ def counted(step: Step) -> int:
     return counter.get_total_flops()
 
 
-def measure(precision: str, source: str) -> None:
+def measure(precision: str, source: str, compile: bool) -> None:
     reuse_memory(torch.device("cpu"))
     torch.manual_seed(0)
     images, tokens = torch.randn(BATCH, 3, SIZE, SIZE), captions()
@@ -272,6 +274,9 @@ def measure(precision: str, source: str) -> None:
         "ViT auto-encoder": auto_encoder_step(precision, images),
     }
     flops = {name: counted(step) for name, step in steps.items()}
+    if compile:
+        steps[COMPILED] = our_step(precision, images, tokens, data, compile=True)
+        steps[COMPILED]()
     for _ in range(WARM - 1):
         for step in steps.values():
             step()
@@ -280,12 +285,14 @@ def measure(precision: str, source: str) -> None:
         names = list(steps) if i % 2 else list(reversed(steps))
         rate = product_rate(precision)
         rounds.append({name: seconds(steps[name]) for name in names} | {"rate": rate})
-    peers = [name for name in steps if name != OURS]
+    peers = [name for name in flops if name != OURS]
     ours = statistics.median(r[OURS] for r in rounds)
     together = [sum(r[name] for name in peers) for r in rounds]
-    ratio = statistics.median(t / r[OURS] for t, r in zip(together, rounds, strict=True))
-    line(f"{OURS}, {precision}", ours, "s", "sum of " + ", ".join(peers), statistics.median(together), ratio, 3)
-    use = {name: statistics.median(flops[name] / r[name] / r["rate"] for r in rounds) for name in steps}
+    for name in (name for name in steps if name not in peers):
+        value = statistics.median(r[name] for r in rounds)
+        ratio = statistics.median(t / r[name] for t, r in zip(together, rounds, strict=True))
+        line(f"{name}, {precision}", value, "s", "sum of " + ", ".join(peers), statistics.median(together), ratio, 3)
+    use = {name: statistics.median(flops[name] / r[name] / r["rate"] for r in rounds) for name in flops}
     for name in peers:
         theirs = statistics.median(r[name] for r in rounds)
         of = statistics.median(r[name] / r[OURS] for r in rounds)
@@ -296,14 +303,14 @@ def measure(precision: str, source: str) -> None:
          rate / 1e9, flops[OURS] / ours / rate, 3)  # fmt: skip
 
 
-def main(precisions: list[str]) -> None:
+def main(words: list[str]) -> None:
     torch.set_num_threads(THREADS)
     warnings.filterwarnings("ignore")
     source = os.environ.get("PEERS_SRC")
     if source is None:
         raise SystemExit("set PEERS_SRC to a folder that holds a checkout of DINOv2 as facebookresearch+dinov2")
-    for precision in precisions or ["fp32", "bf16"]:
-        measure(precision, source)
+    for precision in [word for word in words if word != "compile"] or ["fp32", "bf16"]:
+        measure(precision, source, "compile" in words)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from vtp.models.layers import Linear
 
 
 class _UnitRows(torch.autograd.Function):
-    """gain v / |v| for each row, its gradient in closed form: autograd's makes 10 passes over all prototypes, this 4."""
+    """gain v / |v| for each row, its gradient in closed form: autograd takes 10 passes over them, this 4."""
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, gain: Tensor) -> Tensor:

@@ -89,6 +89,29 @@ def test_annotations_add_to_the_classes_of_shards(tmp_path, named):
     assert [raw.captions[0] for raw in everything(source)] == ["a photo of a b", "a photo of a a"]
 
 
+def test_annotations_number_the_classes_of_shards_otherwise(tmp_path):
+    """KEY.cls is of the classes that the shards have, and the name of one still makes captions."""
+    words = (b"big_owl", b"bee", b"5", b"1")
+    members = [(f"{i}.{e}", d) for i, w in enumerate(words) for e, d in (("jpg", picture(i)), ("cls", w))]
+    write_tar(tmp_path / "x.tar", members)
+    listed = [{"wnid": "bee", "names": ["bee"]}, {"wnid": "big_owl", "names": ["big owl"]}]
+    (tmp_path / "classes.json").write_text(json.dumps(listed))
+    notes = tmp_path / "notes.jsonl"
+    notes.write_text(
+        "\n".join(json.dumps({"key": key, "class": name}) for key, name in zip("0vwxyz", "eabcdf", strict=True))
+    )
+    source = open_source(str(tmp_path / "x.tar"), str(notes))
+    raws = everything(source)
+    assert source.classes == {"class": tuple("abcdef")} and [raw.labels for raw in raws] == [{"class": 4}, {}, {}, {}]
+    called = [raw.captions[0].removeprefix("a photo of a ") if raw.captions else None for raw in raws]
+    assert called == ["e", "bee", None, "big owl"]
+    assert source.report == {"samples": 4, "not in annotations": 3, "unknown class": 1}
+    (tmp_path / "classes.json").unlink()
+    write_tar(tmp_path / "x.tar", members[:4])
+    raws = everything(open_source(str(tmp_path / "x.tar")))
+    assert [raw.captions[0] for raw in raws] == ["a photo of a big owl", "a photo of a bee"]
+
+
 def test_texts_serve_where_metadata_have_no_caption(tmp_path):
     rows = [{"file_name": "0.jpg", "hue": "red"}, {"file_name": "1.jpg", "text": "its own"}, {"file_name": "2.jpg"}]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))

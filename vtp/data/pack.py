@@ -99,6 +99,7 @@ def pack(
                     known[shard] = n
                     lines.write(f"\n{json.dumps([shard, n])}")
                     lines.flush()
+            _write(out / COUNTS, "".join(f"{json.dumps(line)}\n" for line in sorted(known.items())))
             counts = [n for _, n in sorted(known.items())]
         available = len(source.shards) if counts is None else sum(counts)
         total = available if limit is None else min(limit, available)

@@ -59,19 +59,20 @@ class TarSource(Alone):
         folders = sorted(set(folders))
         folders = folders if len(folders) > 1 else []  # one folder is a place, not a class
         self._folders = Folders.named(folders, names, f"classes.json beside {self.shards[0]}")
-        classes = dict(classes_of(self.table))
-        if scanned and "cls" in first and "class" not in classes:
-            found = _scan(self.shards, lambda name, text: text().strip() if name.endswith(".cls") else None)
-            classes["class"] = _numbered(set(found), self.name)
-            if not classes["class"][0].isdecimal():  # a number is nothing to call a picture
-                self._folders = replace(self._folders, classes={"class": classes["class"]})
         listed = shards.beside(self.shards[0], LABELS) if "json" in first else None
         named = _labels(listed, f"{LABELS} beside {self.shards[0]}")
-        classes = {label: names for label, names in named.items() if label not in classes} | classes
-        self.classes = self._folders.classes | classes
         self._columns = {label: {name: i for i, name in enumerate(names)} for label, names in named.items()}
-        words = self._folders.index or {name: i for i, name in enumerate(classes.get("class", ()))}
-        self._words = {name: i for name, i in words.items() if not name.isdigit()}
+        own = named | self._folders.classes  # annotations may number the same labels otherwise
+        words = list(self._folders.index) or own.get("class", ())  # that a KEY.cls may hold
+        if scanned and "cls" in first:
+            found = _scan(self.shards, lambda name, text: text().strip() if name.endswith(".cls") else None)
+            words = _numbered(set(found), self.name)
+            own["class"] = tuple(word.replace("_", " ") for word in words)
+            if words and not words[0].isdecimal():  # a number is nothing to call a picture
+                self._folders = replace(self._folders, classes={"class": own["class"]})
+        self._numbers = len(own.get("class", ()))
+        self._words = {word: i for i, word in enumerate(words) if not word.isdigit()}
+        self.classes = own | classes_of(self.table)
         self.templates = templates_of(self.classes)
         self._whole = Counter[str]()  # shards read to their end, and samples in them
 
@@ -96,16 +97,18 @@ class TarSource(Alone):
                 member.get("txt"), member.get("json"), self.report, whole=bool(self._columns)
             )
             labels = {c: index[str(row[c])] for c, index in self._columns.items() if str(row.get(c)) in index}
+            unknown = False
             if "cls" in member:
                 word = member["cls"].strip().decode(errors="replace")
-                number = self._words.get(word, int(word) if word.isdecimal() and len(word) < 10 else -1)
-                if 0 <= number < len(self.classes.get("class", ())):
-                    labels["class"] = number
-                else:
-                    self.report["unknown class"] += 1
+                number = self._words.get(word, int(word) if word.isdecimal() and len(word) < 10 else self._numbers)
+                unknown = number >= self._numbers
+                labels |= {} if unknown else {"class": number}
             key = member["__key__"]
             folder = key.split("/")[-2] if "/" in key else None
-            yield assemble(key, image, captions, labels, folder, self._folders, self.table, self.report)
+            raw = assemble(key, image, captions, labels, folder, self._folders, self.table, self.report)
+            if unknown and "class" not in raw.labels:
+                self.report["unknown class"] += 1
+            yield raw
 
 
 def _labels(listed: bytes | None, file: str) -> dict[str, tuple[str, ...]]:

@@ -339,6 +339,12 @@ def classed(path, words):
 def test_words_as_classes_and_numbers_that_are_none(tmp_path):
     words = open_source(str(classed(tmp_path / "words" / "a.tar", ["owl", "bee\n", "owl"])))
     assert words.classes == {"class": ("bee", "owl")} and [r.labels["class"] for r in everything(words)] == [1, 0, 1]
+    empty = write_tar(
+        tmp_path / "c.tar", [("0.jpg", picture(0)), ("0.CLS", b"owl"), ("1.jpg", picture(1)), ("1.cls", b"")]
+    )
+    raws = everything(source := open_source(str(empty)))
+    assert source.classes == {"class": ("owl",)} and [raw.labels for raw in raws] == [{"class": 0}, {}]
+    assert raws[1].captions == () and source.report == {"samples": 2, "unknown class": 1}
     mixed = open_source(str(classed(tmp_path / "mixed" / "a.tar", ["1", "owl", "0"])))
     assert [r.labels.get("class") for r in everything(mixed)] == [1, None, 0]
     assert mixed.report == {"samples": 3, "unknown class": 1} and not left_out(mixed.report)

@@ -65,8 +65,8 @@ class TarSource(Alone):
         own = named | self._folders.classes  # annotations may number the same labels otherwise
         words = list(self._folders.index) or own.get("class", ())  # that a KEY.cls may hold
         if scanned and "cls" in first:
-            found = _scan(self.shards, lambda name, text: text().strip() if name.endswith(".cls") else None)
-            words = _numbered(set(found), self.name)
+            found = _scan(self.shards, lambda name, text: text().strip() if name.lower().endswith(".cls") else None)
+            words = _numbered(set(found) - {""}, self.name)
             own["class"] = tuple(word.replace("_", " ") for word in words)
             if words and not words[0].isdecimal():  # a number is nothing to call a picture
                 self._folders = replace(self._folders, classes={"class": own["class"]})

@@ -112,6 +112,19 @@ def test_annotations_number_the_classes_of_shards_otherwise(tmp_path):
     assert [raw.captions[0] for raw in raws] == ["a photo of a big owl", "a photo of a bee"]
 
 
+@pytest.mark.parametrize("given", ["metadata", "annotations"])
+def test_a_class_in_a_column_makes_captions_unless_it_is_a_number(tmp_path, given):
+    for i in range(2):
+        (tmp_path / f"{i}.jpg").write_bytes(picture(i))
+    file = tmp_path / f"{given}.jsonl"
+    for names, captions in (("owl", "a photo of a owl"), ("7", None)):
+        file.write_text(
+            "\n".join(json.dumps({"file_name": f"{i}.jpg", "class": names, "text": "t" * i}) for i in (0, 1))
+        )
+        raws = everything(open_source(str(tmp_path), str(file) if given == "annotations" else None))
+        assert [next(iter(raw.captions), None) for raw in raws] == [captions, "t"]
+
+
 def test_texts_serve_where_metadata_have_no_caption(tmp_path):
     rows = [{"file_name": "0.jpg", "hue": "red"}, {"file_name": "1.jpg", "text": "its own"}, {"file_name": "2.jpg"}]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))

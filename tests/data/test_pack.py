@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import tarfile
 
 import pytest
 
@@ -119,6 +120,32 @@ def test_counting_goes_on_behind_a_line_cut_short(tmp_path):
         assert (tmp_path / "out" / file).read_text() == (tmp_path / "whole" / file).read_text()
 
 
+def test_a_shard_that_was_broken_when_it_was_counted_takes_no_numbers_of_the_next(tmp_path):
+    for s in range(3):
+        write_tar(tmp_path / "in" / f"{s}.tar", [(f"{s}_{i}.jpg", picture(i)) for i in range(4)])
+    shard, out = tmp_path / "in" / "1.tar", tmp_path / "out"
+    whole = shard.read_bytes()
+
+    def stop(*at):
+        if at == ("counting", 2, 3):
+            raise KeyboardInterrupt
+
+    def mend(*at):
+        if at == ("counting", 3, 3):
+            shard.write_bytes(whole)
+
+    with tarfile.open(shard) as tar:
+        shard.write_bytes(whole[: tar.getmember("1_3.jpg").offset_data + 10])
+    cut = len(everything(open_source(str(shard))))
+    with pytest.raises(KeyboardInterrupt):
+        pack(str(tmp_path / "in"), out, progress=stop)
+    assert (out / "counts.jsonl").read_text().split("\n") == ["", "[0, 4]"]  # the other is asked again
+    done = pack(str(tmp_path / "in"), out, progress=mend)
+    assert 0 < cut < 4 and done == {"shards": 1, "samples": 8 + cut, "left_out": {"broken shard": 1}}
+    packed = open_source(str(out))
+    assert len(everything(packed)) == 8 + cut and set(packed.report) == {"samples"}
+
+
 def sums(out):
     return [line.split() for line in (out / "SHA256SUMS").read_text().splitlines()]
 
@@ -176,6 +203,8 @@ def test_inspection_of_a_mixture_reads_a_share_of_each_part(folder, tmp_path):
     assert (summary["samples"], summary["whole"]) == (16, False)
     assert summary["labels"]["shape"]["found"] > 1 and sum(summary["labels"]["class"]["commonest"].values()) == 4
     assert write_inspection(f"{folder}::{tmp_path}/tars", None, 80, tmp_path / "page")["whole"]
+    assert write_inspection(str(folder), None, 20, tmp_path / "page")["whole"]
+    assert write_inspection(f"{tmp_path}/tars::{tmp_path}/tars", None, None, tmp_path / "page")["repeated"] == 24
 
 
 def test_inspection_takes_braces(tmp_path):

@@ -1,3 +1,4 @@
+import gzip
 import io
 import json
 import os
@@ -345,6 +346,13 @@ def test_words_as_classes_and_numbers_that_are_none(tmp_path):
     raws = everything(source := open_source(str(empty)))
     assert source.classes == {"class": ("owl",)} and [raw.labels for raw in raws] == [{"class": 0}, {}]
     assert raws[1].captions == () and source.report == {"samples": 2, "unknown class": 1}
+    gone = classed(tmp_path / "gone" / "b.tar", ["eel"])
+    (gone.parent / "a.tar.gz").write_bytes(gzip.compress(empty.read_bytes()))
+    cut = gone.parent / "c.tar.gz"
+    cut.write_bytes(gzip.compress(gone.read_bytes())[:200])
+    broken = open_source(f"{gone.parent}/*")
+    assert broken.classes == {"class": ("eel", "owl")} and len(everything(broken)) == 3
+    assert broken.report["broken shard"] == 1
     mixed = open_source(str(classed(tmp_path / "mixed" / "a.tar", ["1", "owl", "0"])))
     assert [r.labels.get("class") for r in everything(mixed)] == [1, None, 0]
     assert mixed.report == {"samples": 3, "unknown class": 1} and not left_out(mixed.report)

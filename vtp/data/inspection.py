@@ -59,8 +59,10 @@ def inspect(
             continue
         data = raw.image if isinstance(raw.image, bytes) else raw.image.tobytes()
         size_in_bytes += len(data)
-        first = keys.setdefault(hashlib.blake2b(data, digest_size=16).digest(), raw.key)
-        if first != raw.key:
+        digest = hashlib.blake2b(data, digest_size=16).digest()
+        first = keys.get(digest)
+        keys.setdefault(digest, raw.key)
+        if first is not None:
             repeats += 1
             if len(repeated) < NAMED:
                 repeated.append({"key": raw.key, "same_as": first})
@@ -125,7 +127,7 @@ def _spread(source: Source, limit: int | None, whole: list[bool]) -> Iterator[Ra
         for raw in islice((raw for shard in shards for raw in part.read(shard)), n):
             read += 1
             yield raw
-        whole.append(n is None or (read < n and len(shards) == len(part.shards)))
+        whole.append(n is None or (len(shards) == len(part.shards) and (read < n or part.random_access)))
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:

@@ -95,10 +95,11 @@ def pack(
             known = _known(out / COUNTS)
             jobs: list[tuple[Any, ...]] = [(data, annotations, i) for i in range(len(source.shards)) if i not in known]
             with (out / COUNTS).open("a") as lines:
-                for shard, n in spread("counting", _count, jobs, len(source.shards)):
+                for shard, n, well in spread("counting", _count, jobs, len(source.shards)):
                     known[shard] = n
-                    lines.write(f"\n{json.dumps([shard, n])}")
-                    lines.flush()
+                    if well:  # or the next run asks again
+                        lines.write(f"\n{json.dumps([shard, n])}")
+                        lines.flush()
             _write(out / COUNTS, "".join(f"{json.dumps(line)}\n" for line in sorted(known.items())))
             counts = [n for _, n in sorted(known.items())]
         available = len(source.shards) if counts is None else sum(counts)
@@ -144,9 +145,12 @@ def _known(file: Path) -> dict[int, int]:
     return known
 
 
-def _count(data: str, annotations: str | None, shard: int) -> tuple[int, int]:
+def _count(data: str, annotations: str | None, shard: int) -> tuple[int, int, bool]:
+    """The shard, how many samples it gives, and whether it could be read to its end."""
     source = open_source(data, annotations)
-    return shard, sum(1 for _ in source.read(source.shards[shard]))
+    source.report.clear()
+    n = sum(1 for _ in source.read(source.shards[shard]))
+    return shard, n, not source.report["broken shard"]
 
 
 def _write(file: Path, text: str) -> None:
@@ -209,7 +213,8 @@ def _slice(source: Source, first: int, last: int, counts: list[int] | None) -> I
         if begin < end or empty:
             before = source.report.copy()
             for j, raw in enumerate(source.read(shard)):
-                if j == end < n:
+                if j == end:
+                    source.report["broken shard"] += end == n  # as it was when counted; the next has the numbers behind
                     break
                 if j >= begin:
                     yield start + j, raw

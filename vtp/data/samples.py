@@ -182,6 +182,12 @@ def _in_order(name: str) -> tuple[bool, int, str]:
     return not name.isdecimal(), int(name) if name.isdecimal() else 0, name
 
 
+def names_of(classes: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """The classes, where they have names to call a picture by: a number is none."""
+    names = classes.get("class", ())
+    return {} if all(name.isdecimal() for name in names) else {"class": names}
+
+
 def classes_of(table: Table | None) -> dict[str, tuple[str, ...]]:
     return {} if table is None else table.classes
 
@@ -242,7 +248,7 @@ def assemble(
         else:
             noted, more = table.of(row, report)
             captions, labels = noted or captions, labels | more
-            called = _called(more, table.classes) or called
+            called = _called(more, names_of(table.classes)) or called
     if unknown and "class" not in labels:
         report["unknown class"] += 1
     if not captions and called is not None:

@@ -219,6 +219,8 @@ def _listed_s3(pattern: str) -> list[str]:
             keys = [found["Key"] for page in pages for found in page.get("Contents", ())]
     except OSError as error:
         raise ConfigError(f"{pattern} cannot be listed: {error}") from None
+    if key in keys:  # brackets that are its own
+        return [pattern]
     keys = [k for k in keys if fnmatchcase(k, key) and k.count("/") == key.count("/") and _TAR.search(k)]
     if not keys:
         raise ConfigError(f"no shards at {pattern}")

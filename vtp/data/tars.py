@@ -21,6 +21,7 @@ from vtp.data.samples import (
     captions_beside,
     classes_of,
     ended,
+    names_of,
     templates_of,
 )
 
@@ -68,8 +69,7 @@ class TarSource(Alone):
             found = _scan(self.shards, lambda name, text: text().strip() if name.lower().endswith(".cls") else None)
             words = _numbered(set(found) - {""}, self.name)
             own["class"] = tuple(word.replace("_", " ") for word in words)
-            if words and not words[0].isdecimal():  # a number is nothing to call a picture
-                self._folders = replace(self._folders, classes={"class": own["class"]})
+            self._folders = replace(self._folders, classes=names_of(own))
         self._numbers = len(own.get("class", ()))
         self._words = {word: i for i, word in enumerate(words) if not word.isdigit()}
         self.classes = own | classes_of(self.table)
@@ -153,5 +153,5 @@ def _scan(paths: Sequence[str], found: Any) -> Iterator[str]:
                     value = found(info.name.removeprefix("./"), reader(tar, info))
                     if value is not None:
                         yield value
-        except tarfile.TarError:
+        except (tarfile.TarError, OSError, EOFError):
             continue  # counted when the shard is read for its samples

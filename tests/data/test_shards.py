@@ -190,6 +190,7 @@ def test_shards_on_s3(folder, monkeypatch):
         client.put_object(Bucket="pictures", Key="train/more/3.tar", Body=b"")
         assert open_source("s3://pictures/train/*.tar").shards == [f"s3://pictures/train/{s}.tar" for s in range(3)]
         assert len(open_source("s3://pictures/train/[12]*").shards) == 2
+        assert len(open_source("s3://pictures/train/").shards) == 3
         client.upload_file(str(folder / "0.tar"), "pictures", "train/[1].tar")
         assert open_source("s3://pictures/train/[1].tar").shards == ["s3://pictures/train/[1].tar"]
         with pytest.raises(ConfigError, match=r"no shards at s3://pictures/typo/\*.tar"):

@@ -57,7 +57,7 @@ class FolderSource(Alone):
             raise ConfigError(f"{root} holds splits, not classes; name one of them, as in {root / folders[0]}")
         # The captions of img2dataset's "files" and of many others: KEY.txt or KEY.json beside KEY.jpg.
         written = sum(os.path.splitext(f)[0] in texts for f in self.files)
-        self._written = written > 0
+        self._written = written > 0 or self._metadata is not None  # or may have
         names = named.read_bytes() if named.is_file() else None
         folders = folders if len(folders) > 1 else []  # a single one is a place
         if folders and names is None and 0 < written < len(self.files) / 2:
@@ -91,7 +91,7 @@ class FolderSource(Alone):
             self.report["file too large"] += 1
             return
         captions, labels = ((), {}) if self._metadata is None else self._metadata.of(key, self.report)
-        if not captions and (self._written or self._metadata is not None):
+        if not captions and self._written:
             captions, _ = captions_beside(*_beside(file), self.report)
         folder = key.split("/", 1)[0] if "/" in key else None
         yield assemble(key, image, captions, labels, folder, self._folders, self.table, self.report)

@@ -32,10 +32,12 @@ class HubSource(Alone):
         try:
             if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
                 found = datasets.load_from_disk(str(folder))
-                if isinstance(found, datasets.DatasetDict) and (split or "train") not in found:
-                    raise ValueError(f"it has no split '{split or 'train'}', only {', '.join(found)}")
-                rows = found[split or "train"] if isinstance(found, datasets.DatasetDict) else found
-                if rows is found and split and split != str(found.split):
+                rows = found
+                if isinstance(found, datasets.DatasetDict):
+                    if (split or "train") not in found:
+                        raise ValueError(f"it has no split '{split or 'train'}', only {', '.join(found)}")
+                    rows = found[split or "train"]
+                elif split and split != str(found.split):
                     raise ValueError(f"it is a single set, of no split or of '{found.split}'; leave :{split} out")
             else:
                 place = str(folder) if folder.exists() else path

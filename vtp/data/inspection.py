@@ -60,12 +60,11 @@ def inspect(
         data = raw.image if isinstance(raw.image, bytes) else raw.image.tobytes()
         size_in_bytes += len(data)
         digest = hashlib.blake2b(data, digest_size=16).digest()
-        first = keys.get(digest)
-        keys.setdefault(digest, raw.key)
-        if first is not None:
+        if digest in keys:
             repeats += 1
             if len(repeated) < NAMED:
-                repeated.append({"key": raw.key, "same_as": first})
+                repeated.append({"key": raw.key, "same_as": keys[digest]})
+        keys.setdefault(digest, raw.key)
         sizes.append((pixels.shape[1], pixels.shape[0]))
         captions_each[len(raw.captions)] += 1
         lengths += [len(caption.split()) for caption in raw.captions]

@@ -98,10 +98,11 @@ def pack(
                 for shard, n, well in spread("counting", _count, jobs, len(source.shards)):
                     known[shard] = n
                     if well:  # or the next run asks again
-                        lines.write(f"\n{json.dumps([shard, n])}")
+                        lines.write(f"\n{json.dumps([shard, n])}")  # not behind a line that was cut short
                         lines.flush()
-            _write(out / COUNTS, "".join(f"{json.dumps(line)}\n" for line in sorted(known.items())))
-            counts = [n for _, n in sorted(known.items())]
+            counted = sorted(known.items())
+            _write(out / COUNTS, "".join(f"{json.dumps(line)}\n" for line in counted))
+            counts = [n for _, n in counted]
         available = len(source.shards) if counts is None else sum(counts)
         total = available if limit is None else min(limit, available)
         if total == 0:
@@ -148,7 +149,6 @@ def _known(file: Path) -> dict[int, int]:
 def _count(data: str, annotations: str | None, shard: int) -> tuple[int, int, bool]:
     """The shard, how many samples it gives, and whether it could be read to its end."""
     source = open_source(data, annotations)
-    source.report.clear()
     n = sum(1 for _ in source.read(source.shards[shard]))
     return shard, n, not source.report["broken shard"]
 

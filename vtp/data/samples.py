@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -164,6 +165,11 @@ class Table:
             {row.rpartition(".")[0]: row for row in reversed(rows) if row.rpartition(".")[2].lower() in IMAGE_SUFFIXES},
         )
 
+    @cached_property
+    def called(self) -> dict[str, tuple[str, ...]]:
+        """What pictures may be called by."""
+        return names_of(self.classes)
+
     def find(self, key: str) -> str | None:
         """The row of a sample: by its whole key, or by its last part with or without the suffix."""
         for candidate in (key, key.rsplit("/", 1)[-1], key.rsplit(".", 1)[0], Path(key).stem):
@@ -232,12 +238,13 @@ def assemble(
     folders: Folders,
     table: Table | None,
     report: Counter[str],
+    unknown: bool = False,
 ) -> Raw:
     """Put together what the sample itself, its folder and the annotations say; the annotations' words are the last.
 
-    A class becomes captions where there are none.
+    A class becomes captions where there are none. `unknown`: the sample names a class that there is not.
     """
-    unknown = bool(folders.index) and folder is not None and folder not in folders.index
+    unknown = unknown or (bool(folders.index) and folder is not None and folder not in folders.index)
     if folder is not None and folder in folders.index:
         labels = labels | {"class": folders.index[folder]}
     called = _called(labels, folders.classes)
@@ -248,7 +255,7 @@ def assemble(
         else:
             noted, more = table.of(row, report)
             captions, labels = noted or captions, labels | more
-            called = _called(more, names_of(table.classes)) or called
+            called = _called(more, table.called) or called
     if unknown and "class" not in labels:
         report["unknown class"] += 1
     if not captions and called is not None:

@@ -49,8 +49,8 @@ def expand(data: str) -> list[str]:
     shards: list[str] = []
     for url in [data] if os.path.isfile(os.path.expanduser(data)) else expand_urls(data):
         if REMOTE.match(url):
-            many = url.startswith("s3://") and (glob.has_magic(url) or url.endswith("/"))
-            shards += _listed_s3(f"{url}*" if url.endswith("/") else url) if many else [url]
+            url += "*" if url.startswith("s3://") and url.endswith("/") else ""  # a folder
+            shards += _listed_s3(url) if url.startswith("s3://") and glob.has_magic(url) else [url]
             continue
         local = os.path.expanduser(url)
         found = sorted(glob.glob(local)) if glob.has_magic(local) and not os.path.exists(local) else [local]

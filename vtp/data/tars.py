@@ -102,13 +102,11 @@ class TarSource(Alone):
                 word = member["cls"].strip().decode(errors="replace")
                 number = self._words.get(word, int(word) if word.isdecimal() and len(word) < 10 else self._numbers)
                 unknown = number >= self._numbers
-                labels |= {} if unknown else {"class": number}
+                if not unknown:
+                    labels["class"] = number
             key = member["__key__"]
             folder = key.split("/")[-2] if "/" in key else None
-            raw = assemble(key, image, captions, labels, folder, self._folders, self.table, self.report)
-            if unknown and "class" not in raw.labels:
-                self.report["unknown class"] += 1
-            yield raw
+            yield assemble(key, image, captions, labels, folder, self._folders, self.table, self.report, unknown)
 
 
 def _labels(listed: bytes | None, file: str) -> dict[str, tuple[str, ...]]:

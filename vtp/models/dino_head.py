@@ -15,7 +15,10 @@ from vtp.models.layers import Linear
 
 
 class _UnitRows(torch.autograd.Function):
-    """gain v / |v| for each row, its gradient in closed form: autograd takes 10 passes over them, this 4."""
+    """gain v / |v| for each row, its gradient in closed form: autograd takes 10 passes over them, this 4.
+
+    torch's own fused kernel makes a row of zeros NaN; here it stays zeros.
+    """
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, gain: Tensor) -> Tensor:

@@ -125,6 +125,17 @@ def test_a_class_in_a_column_makes_captions_unless_it_is_a_number(tmp_path, give
         assert [next(iter(raw.captions), None) for raw in raws] == [captions, "t"]
 
 
+def test_classes_of_a_column_are_its_values_whatever_lies_beside(tmp_path):
+    for i in range(2):
+        (tmp_path / f"{i}.jpg").write_bytes(picture(i))
+    (tmp_path / "classes.json").write_text(json.dumps([{"wnid": str(i), "names": [f"name {i}"]} for i in range(9)]))
+    rows = [{"file_name": "0.jpg", "class": 7}, {"file_name": "1.jpg", "class": 3}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = open_source(str(tmp_path))
+    assert source.classes == {"class": ("3", "7")}
+    assert [(raw.labels, raw.captions) for raw in everything(source)] == [({"class": 1}, ()), ({"class": 0}, ())]
+
+
 def test_texts_serve_where_metadata_have_no_caption(tmp_path):
     rows = [{"file_name": "0.jpg", "hue": "red"}, {"file_name": "1.jpg", "text": "its own"}, {"file_name": "2.jpg"}]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))

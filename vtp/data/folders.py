@@ -20,7 +20,6 @@ from vtp.data.samples import (
     assemble,
     captions_beside,
     classes_of,
-    names_of,
     templates_of,
 )
 
@@ -69,8 +68,8 @@ class FolderSource(Alone):
                 len(self.files),
             )
         self._folders = Folders.named([] if self._written else folders, names, str(named))  # with captions: places
-        if named_by_metadata := names_of(classes_of(self._metadata)):
-            self._folders = Folders({}, named_by_metadata)
+        if self._metadata is not None and "class" in self._metadata.classes:  # a classes.json numbers them otherwise
+            self._folders = Folders({}, self._metadata.called)
         self.classes = classes_of(self._metadata) | self._folders.classes | classes_of(self.table)
         self.templates = templates_of(self.classes)
 

@@ -25,7 +25,7 @@ def normalise(images: Tensor) -> Float[Tensor, "*b 3 h w"]:
     """[*b, 3, h, w] bytes 0..255 or floats 0..1 -> ImageNet-normalised floats."""
     mean, std = _statistics(images)
     x = images if images.is_floating_point() else images.float() / 255
-    return (x - mean) / std
+    return (x - mean).div_(std)
 
 
 def denormalise(images: Float[Tensor, "*b 3 h w"]) -> Float[Tensor, "*b 3 h w"]:

@@ -32,17 +32,16 @@ def seeded(n=0):
 def test_each_operation_is_torchvisions(images, which):
     strengths = tuple(0.5 if i == which else 0.0 for i in range(4))
     factors, order = draw_jitter(len(images), strengths, 1.0, seeded())
-    before = images.clone()
-    ours = jitter(images, factors, order)
     expected = torch.stack([OPERATIONS[which](x, float(f)) for x, f in zip(images, factors[:, which], strict=True)])
-    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
-    assert torch.equal(images, before)
+    jitter(images, factors, order)
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
 
 
 def test_one_operation_after_the_other_in_the_drawn_order(images):
     factors, order = draw_jitter(len(images), (0.4, 0.4, 0.2, 0.1), 1.0, seeded(3))
     assert len({tuple(row) for row in order.tolist()}) > 10
-    ours = jitter(images, factors, order)
+    ours = images.clone()
+    jitter(ours, factors, order)
     for i, x in enumerate(images):
         for k in order[i].tolist():
             x = OPERATIONS[k](x, float(factors[i, k]))

@@ -55,20 +55,16 @@ def finish(batch: Batch, cfg: AugmentConfig, generator: torch.Generator) -> Batc
         images = _unit(clip.images)
         if cfg.clip_jitter > 0:
             strengths = (cfg.clip_jitter, cfg.clip_jitter, cfg.clip_jitter, 0.0)
-            images = jitter(images, *draw_jitter(len(images), strengths, 1.0, generator))
+            jitter(images, *draw_jitter(len(images), strengths, 1.0, generator))
         clip = clip._replace(images=normalise(images))
     if ssl is not None:
-        first, second = (_unit(x) for x in ssl.global_crops)
-        first = _blurred(_coloured(first, cfg, generator), cfg.blur_probability[0], cfg, generator)
-        second = _blurred(_coloured(second, cfg, generator), cfg.blur_probability[1], cfg, generator)
-        second = _on(second, _chosen(len(second), cfg.solarize_probability, generator), solarize)
-        local = _unit(ssl.local_crops.flatten(0, 1))
-        if len(local):
-            local = _blurred(_coloured(local, cfg, generator), cfg.local_blur_probability, cfg, generator)
-        ssl = ssl._replace(
-            global_crops=normalise(torch.stack((first, second))),
-            local_crops=normalise(local).unflatten(0, ssl.local_crops.shape[:2]),
-        )
+        views, local = _unit(ssl.global_crops), _unit(ssl.local_crops)
+        probabilities = (*cfg.blur_probability, cfg.local_blur_probability)
+        for crops, probability in zip((*views, local.flatten(0, 1)), probabilities, strict=True):
+            _colour(crops, cfg, generator)
+            _blur(crops, probability, cfg, generator)
+        _on(views[1], _chosen(len(views[1]), cfg.solarize_probability, generator), solarize)
+        ssl = ssl._replace(global_crops=normalise(views), local_crops=normalise(local))
     if rec is not None:
         if clip is not None and rec.shared:
             rec = rec._replace(images=clip.images[: rec.shared])
@@ -77,21 +73,21 @@ def finish(batch: Batch, cfg: AugmentConfig, generator: torch.Generator) -> Batc
     return batch._replace(clip=clip, ssl=ssl, rec=rec)
 
 
-def _unit(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-    return images.contiguous().float() / 255
+def _unit(images: UInt8[Tensor, "*b 3 h w"]) -> Float[Tensor, "*b 3 h w"]:
+    return images.contiguous().float().div_(255)
 
 
-def _coloured(x: Tensor, cfg: AugmentConfig, generator: torch.Generator) -> Tensor:
+def _colour(x: Tensor, cfg: AugmentConfig, generator: torch.Generator) -> None:
     strengths = (cfg.brightness, cfg.contrast, cfg.saturation, cfg.hue)
     gray = _chosen(len(x), cfg.gray_probability, generator)
-    x = jitter(x, *draw_jitter(len(x), strengths, cfg.jitter_probability, generator))
-    return _on(x, gray, luma)
+    jitter(x, *draw_jitter(len(x), strengths, cfg.jitter_probability, generator))
+    _on(x, gray, luma)
 
 
-def _blurred(x: Tensor, probability: float, cfg: AugmentConfig, generator: torch.Generator) -> Tensor:
+def _blur(x: Tensor, probability: float, cfg: AugmentConfig, generator: torch.Generator) -> None:
     low, high = cfg.blur_sigma
     sigma = low + (high - low) * torch.rand(len(x), generator=generator)
-    return _on(x, _chosen(len(x), probability, generator), blur, sigma)
+    _on(x, _chosen(len(x), probability, generator), blur, sigma)
 
 
 def _chosen(n: int, probability: float, generator: torch.Generator) -> Int[Tensor, " m"]:
@@ -99,13 +95,12 @@ def _chosen(n: int, probability: float, generator: torch.Generator) -> Int[Tenso
     return (torch.rand(n, generator=generator) < probability).nonzero().flatten()
 
 
-def _on(x: Tensor, rows: Int[Tensor, " m"], operation: Callable[..., Tensor], *drawn: Float[Tensor, " b"]) -> Tensor:
+def _on(x: Tensor, rows: Int[Tensor, " m"], operation: Callable[..., Tensor], *drawn: Float[Tensor, " b"]) -> None:
     """Write the operation on the given images, each with its own drawn numbers, into x; the host waits for nothing."""
     if len(rows):
         there = rows.to(x.device, non_blocking=True)
-        new = operation(x[there], *(values[rows].to(x.device, non_blocking=True) for values in drawn))
+        new = operation(x.index_select(0, there), *(values[rows].to(x.device, non_blocking=True) for values in drawn))
         x.index_copy_(0, there, new.expand(-1, 3, -1, -1))
-    return x
 
 
 def draw_jitter(
@@ -122,19 +117,15 @@ def draw_jitter(
     return torch.tensor(NEUTRAL) + torch.tensor(strengths) * u, torch.rand(n, 4, generator=generator).argsort(1)
 
 
-def jitter(
-    x: Float[Tensor, "b 3 h w"], factors: Float[Tensor, "b 4"], order: Int[Tensor, "b 4"]
-) -> Float[Tensor, "b 3 h w"]:
-    """Brightness, contrast, saturation and hue of each image (0..1), one after the other in its own order.
+def jitter(x: Float[Tensor, "b 3 h w"], factors: Float[Tensor, "b 4"], order: Int[Tensor, "b 4"]) -> None:
+    """Change brightness, contrast, saturation and hue of each image (0..1) in place, in the image's own order.
 
-    Each is torchvision's (to 1e-5), clamped as there.
+    Each operation is torchvision's (to 1e-5), clamped as there.
     """
-    x = x.clone()
     for place in order.T:
         for which, operation in enumerate((brightness, contrast, saturation, hue)):
             rows = ((place == which) & (factors[:, which] != NEUTRAL[which])).nonzero().flatten()
             _on(x, rows, operation, factors[:, which])
-    return x
 
 
 def brightness(x: Float[Tensor, "b 3 h w"], factor: Float[Tensor, " b"]) -> Float[Tensor, "b 3 h w"]:

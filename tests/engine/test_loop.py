@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -418,3 +419,21 @@ def test_a_record_that_cannot_be_written_stops_the_run(tmp_path):
     with pytest.raises(OSError):
         log.write(2, {"total": 1.0})
     log.close()
+
+
+def test_a_disk_that_is_full_when_a_run_resumes_keeps_its_record(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    for step in range(1, 200):
+        log.write(step, {"total": 1.0})
+    log.close()
+    before = log.path.read_text()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(OSError):
+            MetricsLog(tmp_path, 150)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert log.path.read_text() == before
+    MetricsLog(tmp_path, 150).close()
+    assert [line["step"] for line in lines(tmp_path)] == [*range(1, 151)]

@@ -246,6 +246,7 @@ def test_mostly_broken_data_is_one_line(workers, tmp_path, capsys):
     [
         ("weights.clip=-1", "weights.clip=-1.0 must be at least 0"),
         ("loop.log_every=0", "loop.log_every=0 must be at least 1"),
+        ("weights={clip: 0, ssl: 0, rec: 0}", "weights.clip, weights.ssl and weights.rec are all 0"),
         ("batch.ssl=1", "batch.ssl=1 leaves koleo no neighbour"),
         ("batch.clip=1", "batch.clip=1 leaves a pair nothing"),
         ("weights.clip=nan", "weights.clip=nan is not a finite number"),

@@ -49,7 +49,9 @@ class MetricsLog:
         self.path = run / "metrics.jsonl"
         kept = [line for line in self._lines() if line["step"] <= resumed_step]
         if dist.is_main():
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            part = self.path.with_suffix(".part")  # a kill or a full disk leaves the lines there are
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            part.replace(self.path)
         self._readers: list[_TensorBoard | _Wandb] = []
         if dist.is_main():
             self._readers += [_TensorBoard(run, resumed_step)] if tensorboard else []

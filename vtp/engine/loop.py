@@ -150,8 +150,8 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
     Step i of rank r draws all its randomness from (seed, r, i), so a resumed run is the uninterrupted run. Ctrl-C and
     SIGTERM finish the step, save, and leave.
 
-    A step whose loss or gradient is not finite must leave what is learned as it was (`optim.update` does); it is
-    counted in `skipped`, and not in the means of its window.
+    A step whose loss or gradient is not finite must leave the weights as they were (`optim.update` does; a teacher
+    follows them as ever); it is counted in `skipped`, and not in the means of its window.
 
     Raises:
         NonFiniteError: more than `loop.max_skipped` such steps in a row, after the last finite one of which nothing is

@@ -107,8 +107,11 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         within(self, "steps", 1)
         within(self, "seed workers", 0)
-        if not self.weights.by_loss():
-            raise ConfigError("weights: every objective is 0, there is nothing to learn")
+        if not self.weights.clip + self.weights.ssl + self.weights.rec:
+            raise ConfigError(
+                "weights.clip, weights.ssl and weights.rec are all 0: no view is made and nothing can be learned; "
+                "give one of them a weight (a loss of your own reads the views of one, too)"
+            )
         if self.weights.ssl > 0 and self.weights.koleo > 0 and self.batch.ssl == 1:
             raise ConfigError("batch.ssl=1 leaves koleo no neighbour; take at least 2, or set weights.koleo=0")
         if self.weights.clip > 0 and self.contrast == "clip" and self.batch.clip == 1:

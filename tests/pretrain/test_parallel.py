@@ -226,8 +226,10 @@ def test_sigterm_to_one_rank_under_torchrun(tiny, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", ["one", "ddp", "fsdp"])
-def test_compiled_blocks_learn_the_same_and_compile_no_more_after_warming_up(tiny, tmp_path, ranks):
+@pytest.mark.parametrize(
+    ("ranks", "recompute"), [("one", False), ("one", True), ("ddp", False), ("fsdp", False), ("fsdp", True)]
+)
+def test_compiled_blocks_learn_the_same_and_compile_no_more_after_warming_up(tiny, tmp_path, ranks, recompute):
     """In processes of their own: here the shapes in annotations are checked, which torch.compile cannot trace.
 
     Captions come in three groups, whose lengths change from batch to batch.
@@ -235,7 +237,7 @@ def test_compiled_blocks_learn_the_same_and_compile_no_more_after_warming_up(tin
     compiled = replace(
         tiny,
         batch=replace(tiny.batch, clip=24),
-        parallel=ParallelConfig(compile=True, shard=ranks == "fsdp"),
+        parallel=ParallelConfig(compile=True, shard=ranks == "fsdp", recompute=recompute),
     )
     (tmp_path / "tiny.yaml").write_text(config.dump(compiled))
     words = ["-c", COMPILED, str(tmp_path / "tiny.yaml")]

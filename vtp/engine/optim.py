@@ -74,9 +74,10 @@ def update(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], cli
     norm = nn.utils.get_total_norm([g for g in grads if not isinstance(g, DTensor)])
     if sharded := dist.shards(g for g in grads if isinstance(g, DTensor)):
         norm = (norm.square() + dist.sum_(nn.utils.get_total_norm(sharded).square())).sqrt()
+    # AdamW's fused kernel reads both: it divides the gradients by the one, and does nothing where the other is 1.
     if clip_grad > 0:
-        torch._foreach_mul_(dist.shards(grads), (clip_grad / (norm + 1e-6)).clamp(max=1.0))
-    optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # AdamW's fused kernel reads it
+        optimizer.grad_scale = ((norm + 1e-6) / clip_grad).clamp(min=1.0)  # type: ignore[attr-defined]
+    optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

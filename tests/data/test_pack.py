@@ -161,6 +161,28 @@ def test_packing_shards_balances_them(tmp_path):
     assert sum(counts) == 15 and max(counts) - min(counts) == 1
 
 
+def test_a_mixture_is_packed_by_its_shares_and_only_shards_are_counted(folder, tmp_path):
+    for s, n in enumerate((4, 9, 5)):
+        members = [(f"{s}_{i}.{e}", d) for i in range(n) for e, d in (("jpg", picture(i)), ("txt", b"%d %d" % (s, i)))]
+        write_tar(tmp_path / "tars" / f"{s}.tar", members)
+    data, told = f"{folder}::{tmp_path / 'tars'}@2::scenes", []
+    done = pack(data, tmp_path / "out", shard_size=8, limit=40, progress=lambda *now: told.append(now))
+    assert {total for task, _, total in told if task == "counting"} == {3}  # not a million scenes
+    tars = [f"{s} {i}" for s, n in enumerate((4, 9, 5)) for i in range(n)]  # 18, of the 20 that are their share
+    packed = [raw.captions[0] for raw in everything(open_source(str(tmp_path / "out")))]
+    assert packed[-18:] == tars
+    named = [caption in {raw.captions[0] for raw in everything(open_source(str(folder)))} for caption in packed[:-18]]
+    assert sum(named) in (9, 10)  # one file is empty
+    assert len(named) - sum(named) == 10 and named != sorted(named) and named != sorted(named, reverse=True)
+    assert done["samples"] == len(packed) and done["shards"] == 5
+    pack(data, tmp_path / "again", shard_size=8, limit=40, workers=2)
+    assert sums(tmp_path / "again") == sums(tmp_path / "out")
+    pack(data, tmp_path / "few", limit=20)
+    assert [raw.captions[0] for raw in everything(open_source(str(tmp_path / "few")))][-10:] == tars[:10]
+    pack(f"{tmp_path / 'tars'}::{folder}", tmp_path / "all")
+    assert len(everything(open_source(str(tmp_path / "all")))) == 18 + 19
+
+
 def test_inspection_counts_and_names(folder, tmp_path, monkeypatch, capsys):
     (folder / "a" / "copy.jpg").write_bytes((folder / "a" / "0.jpg").read_bytes())
     (folder / "b" / "cut.png").write_bytes(picture(1, "PNG")[:45])

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from vtp.config import ConfigError
 from vtp.data.decode import BadImage
 from vtp.data.samples import LOST, Raw, Source, left_out
+from vtp.data.sources import shares
 from vtp.images import center_crop
 
 COLUMNS, ROWS, TILE, LINE, LINES, GAP = 8, 5, 160, 14, 2, 8  # of the contact sheet; pixels
@@ -115,10 +116,7 @@ def _spread(source: Source, limit: int | None, whole: list[bool]) -> Iterator[Ra
 
     `whole` is told of each part whether that is all of it.
     """
-    due = 0.0
-    for part, share in source.parts:
-        begun, due = round(due), due + share * (limit or 0)
-        n = None if limit is None else round(due) - begun
+    for (part, _), n in zip(source.parts, shares(source, limit), strict=True):
         shards = part.shards
         if n is not None and part.random_access and n < len(shards):
             shards = [shards[i * len(shards) // n] for i in range(n)]

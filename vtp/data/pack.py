@@ -21,7 +21,7 @@ from PIL import Image
 from vtp.config import ConfigError
 from vtp.data.decode import BadImage, image_format
 from vtp.data.samples import Raw, Source, left_out
-from vtp.data.sources import fingerprint, open_source
+from vtp.data.sources import fingerprint, open_source, shares
 from vtp.data.tars import LABELS
 from vtp.files import file_sha256
 
@@ -43,11 +43,12 @@ def pack(
     (`sha256sum -c` reads it).
 
     Files are copied as they are; pictures that cannot be decoded are left out. Sources with random access are shuffled,
-    others keep their order. A shard is renamed to its name when it is whole, so the same command goes on.
+    others keep their order and, in a mixture, lie behind. A shard is renamed to its name when it is whole, so the same
+    command goes on.
 
     Args:
         shard_size: samples a shard at most.
-        limit: samples at most.
+        limit: samples at most; of each part of a mixture its share.
         workers: processes; 1 is this one.
         progress: told the task ("counting" the samples of shards, "packing") and how many shards of how many are done.
 
@@ -90,27 +91,25 @@ def pack(
 
         if not file.is_file():
             _write(file, json.dumps(plan))
-        counts = None
-        if not source.random_access:
-            known = _known(out / COUNTS)
-            jobs: list[tuple[Any, ...]] = [(data, annotations, i) for i in range(len(source.shards)) if i not in known]
+        streamed = _streamed(source)
+        counts = _known(out / COUNTS)
+        if streamed:
+            jobs: list[tuple[Any, ...]] = [(data, annotations, i) for i in streamed if i not in counts]
             with (out / COUNTS).open("a") as lines:
-                for shard, n, well in spread("counting", _count, jobs, len(source.shards)):
-                    known[shard] = n
+                for shard, n, well in spread("counting", _count, jobs, len(streamed)):
+                    counts[shard] = n
                     if well:  # or the next run asks again
                         lines.write(f"\n{json.dumps([shard, n])}")  # not behind a line that was cut short
                         lines.flush()
-            counted = sorted(known.items())
-            _write(out / COUNTS, "".join(f"{json.dumps(line)}\n" for line in counted))
-            counts = [n for _, n in counted]
-        available = len(source.shards) if counts is None else sum(counts)
-        total = available if limit is None else min(limit, available)
+            _write(out / COUNTS, "".join(f"{json.dumps(line)}\n" for line in sorted(counts.items())))
+        single, several = _chosen(source, limit, counts)
+        total = len(single) + sum(taken for _, taken in several)
         if total == 0:
             raise ConfigError(f"{data} holds no picture")
         shards = -(-total // shard_size)
         bounds = [total * i // shards for i in range(shards + 1)]
         missing = [i for i in range(shards) if not all((out / f"{i:05d}.{e}").is_file() for e in ("tar", "json"))]
-        jobs = [(data, annotations, out, i, *bounds[i : i + 2], counts) for i in missing]
+        jobs = [(data, annotations, out, i, *bounds[i : i + 2], limit, counts) for i in missing]
         for _ in spread("packing", _shard, jobs, shards):
             pass
     reports = [json.loads((out / f"{i:05d}.json").read_text()) for i in range(shards)]
@@ -146,6 +145,29 @@ def _known(file: Path) -> dict[int, int]:
     return known
 
 
+def _streamed(source: Source) -> list[int]:
+    """Numbers of the shards that have to be read for how many samples they hold."""
+    access = (part.random_access for part, _ in source.parts for _ in range(len(part.shards)))
+    return [i for i, at_random in enumerate(access) if not at_random]
+
+
+def _chosen(source: Source, limit: int | None, counts: dict[int, int]) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """What is packed: numbers of shards of one sample, shuffled; behind them (number, samples taken) of the others."""
+    rng = np.random.default_rng(0)
+    single, several, begun = [np.empty(0, np.int64)], [], 0
+    for (part, _), share in zip(source.parts, shares(source, limit), strict=True):
+        end = begun + len(part.shards)
+        if part.random_access:
+            single.append(begun + rng.permutation(len(part.shards))[:share])
+        else:
+            left = sum(counts.values()) if share is None else share
+            for i in range(begun, end):
+                several.append((i, min(counts[i], left)))
+                left -= several[-1][1]
+        begun = end
+    return rng.permutation(np.concatenate(single)), several
+
+
 def _count(data: str, annotations: str | None, shard: int) -> tuple[int, int, bool]:
     """The shard, how many samples it gives, and whether it could be read to its end."""
     source = open_source(data, annotations)
@@ -160,14 +182,21 @@ def _write(file: Path, text: str) -> None:
 
 
 def _shard(
-    data: str, annotations: str | None, out: Path, number: int, first: int, last: int, counts: list[int] | None
+    data: str,
+    annotations: str | None,
+    out: Path,
+    number: int,
+    first: int,
+    last: int,
+    limit: int | None,
+    counts: dict[int, int],
 ) -> None:
-    """Write samples `first` to `last` of the source as one shard."""
+    """Write samples `first` to `last` of what is packed as one shard."""
     source = open_source(data, annotations)
     source.report.clear()
     partial = out / f".{number:05d}.tar.partial"
     try:
-        written = _fill(partial, source, first, last, counts)
+        written = _fill(partial, source, _slice(source, first, last, limit, counts))
     except OSError as error:  # a full disk
         partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(partial)) from None
@@ -177,11 +206,11 @@ def _shard(
     _write(out / f"{number:05d}.json", json.dumps(report))
 
 
-def _fill(partial: Path, source: Source, first: int, last: int, counts: list[int] | None) -> int:
+def _fill(partial: Path, source: Source, samples: Iterator[tuple[int, Raw]]) -> int:
     """Write the samples; how many they are."""
     written = 0
     with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for i, raw in _slice(source, first, last, counts):
+        for i, raw in samples:
             try:
                 suffix, picture = _file(raw)
             except BadImage as error:
@@ -200,19 +229,20 @@ def _fill(partial: Path, source: Source, first: int, last: int, counts: list[int
     return written
 
 
-def _slice(source: Source, first: int, last: int, counts: list[int] | None) -> Iterator[tuple[int, Raw]]:
-    if counts is None:
-        order = np.random.default_rng(0).permutation(len(source.shards))
-        for i in range(first, last):
-            yield from ((i, raw) for raw in source.read(source.shards[int(order[i])]))
-        return
-    start = 0
-    for shard, n in zip(source.shards, counts, strict=True):
-        begin, end = max(first - start, 0), min(last - start, n)
+def _slice(
+    source: Source, first: int, last: int, limit: int | None, counts: dict[int, int]
+) -> Iterator[tuple[int, Raw]]:
+    single, several = _chosen(source, limit, counts)
+    for i, shard in enumerate(single[first:last].tolist(), start=first):
+        yield from ((i, raw) for raw in source.read(source.shards[shard]))
+    start = len(single)
+    for shard, taken in several:
+        n = counts[shard]
+        begin, end = max(first - start, 0), min(last - start, taken)
         empty = n == 0 and (first < start <= last or start == first == 0)  # read for what it lacks
         if begin < end or empty:
             before = source.report.copy()
-            for j, raw in enumerate(source.read(shard)):
+            for j, raw in enumerate(source.read(source.shards[shard])):
                 if j == end:
                     source.report["broken shard"] += end == n  # as it was when counted; the next has the numbers behind
                     break
@@ -221,7 +251,7 @@ def _slice(source: Source, first: int, last: int, counts: list[int] | None) -> I
                 elif j == begin - 1:
                     source.report.clear()
                     source.report.update(before)  # what lies before belongs to other shards
-        start += n
+        start += taken
 
 
 def _file(raw: Raw) -> tuple[str, bytes]:

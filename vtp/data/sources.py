@@ -170,6 +170,14 @@ class _Chained(Sequence[Any]):
         raise IndexError(i)
 
 
+def shares(source: Source, limit: int | None) -> list[int | None]:
+    """How many of `limit` samples fall to each part of a source, by their weights; None: all that it has."""
+    if limit is None:
+        return [None] * len(source.parts)
+    ends = np.rint(limit * np.cumsum([0.0, *(weight for _, weight in source.parts)])).astype(int)
+    return np.diff(ends).tolist()
+
+
 def fingerprint(source: Source) -> str:
     """Digest of what a source lists: file names, or shards (and of near ones the sizes), and classes.
 

@@ -4,6 +4,7 @@ import sys
 import tarfile
 
 import pytest
+from PIL import Image
 
 from tests.data.test_sources import everything, picture, write_tar
 from vtp import cli
@@ -43,6 +44,39 @@ def test_packed_shards_keep_every_label(tmp_path):
     (tmp_path / "out/labels.json").write_text("[1]")
     with pytest.raises(ConfigError, match="labels.json beside .*00000.tar is not"):
         open_source(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("kind", ["cls", "column"])
+def test_a_number_that_is_packed_becomes_no_name(kind, tmp_path):
+    if kind == "cls":
+        members = [(f"{i}.{e}", d) for i in range(6) for e, d in (("jpg", picture(i)), ("cls", b"%d" % (i % 3)))]
+        write_tar(tmp_path / "in/0.tar", members)
+    else:
+        (tmp_path / "in").mkdir()
+        rows = [{"file_name": f"{i}.jpg", "class": 7 + i} | ({"text": "hoo"} if i else {}) for i in range(2)]
+        (tmp_path / "in/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        for i in range(2):
+            (tmp_path / f"in/{i}.jpg").write_bytes(picture(i))
+    for source, packed in (("in", "out"), ("out", "again")):
+        pack(str(tmp_path / source), tmp_path / packed)
+        before, after = open_source(str(tmp_path / "in")), open_source(str(tmp_path / packed))
+        assert after.classes == before.classes and len(before.classes["class"]) > 1
+        pairs = [
+            sorted((raw.image, raw.captions, raw.labels["class"]) for raw in everything(s)) for s in (before, after)
+        ]
+        assert pairs[0] == pairs[1] and any(not captions for _, captions, _ in pairs[1])
+
+
+def test_pictures_with_more_behind_them_stay_as_they_are(tmp_path):
+    (tmp_path / "in").mkdir()
+    first, second = (Image.new("RGB", (40, 30), colour) for colour in ("red", "blue"))
+    first.save(tmp_path / "in/0.jpg", "MPO", save_all=True, append_images=[second])
+    (tmp_path / "in/0.txt").write_text("red")
+    pack(str(tmp_path / "in"), tmp_path / "out")
+    with tarfile.open(tmp_path / "out/00000.tar") as tar:
+        assert tar.extractfile("000000000.jpg").read() == (tmp_path / "in/0.jpg").read_bytes()
+    [raw] = everything(open_source(str(tmp_path / "out")))
+    assert raw.decoded()[0, 0, 0] > 200
 
 
 def test_packed_shards_hold_the_same_samples_in_equal_shards(folder, tmp_path):

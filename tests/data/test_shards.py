@@ -83,6 +83,20 @@ def test_classes_far_away_are_those_that_a_file_beside_the_shards_names(classed,
         open_source(url)
 
 
+def test_shards_have_classes_though_their_first_sample_has_none(folder, server):
+    members = [
+        (f"{i}.{e}", d) for i in range(4) for e, d in (("jpg", picture(i)), ("cls", b"owl" if i % 2 else b"bee"))
+    ]
+    write_tar(folder / "0.tar", [member for member in members if member[0] != "0.cls"])
+    near = open_source(str(folder / "0.tar"))
+    assert near.classes == {"class": ("bee", "owl")}
+    assert [raw.labels for raw in everything(near)] == [{}, {"class": 1}, {"class": 0}, {"class": 1}]
+    (folder / "classes.json").write_text(json.dumps([{"wnid": name, "names": [name]} for name in ("owl", "bee")]))
+    far = open_source(f"{server.url}/0.tar")
+    assert far.classes == {"class": ("owl", "bee")}
+    assert [raw.labels for raw in everything(far)] == [{}, {"class": 0}, {"class": 1}, {"class": 0}]
+
+
 KEYS = [f"{s}{i}" for s in range(3) for i in range(9)]
 
 
@@ -143,6 +157,9 @@ def test_packed_shards(folder, packing):
                 to.addfile(info, tar.extractfile(info))
     source = open_source(f"{folder}/{{0..2}}.tar.{packing}")
     assert [raw.key for raw in everything(source)] == KEYS and source.report == {"samples": 27}
+    for s in range(3):
+        (folder / f"{s}.tar").unlink()
+    assert open_source(str(folder)).shards == source.shards
     cut = folder / f"2.tar.{packing}"
     cut.write_bytes(cut.read_bytes()[:-200])
     source.report.clear()
@@ -193,6 +210,8 @@ def test_shards_on_s3(folder, monkeypatch):
         assert len(open_source("s3://pictures/train/").shards) == 3
         client.upload_file(str(folder / "0.tar"), "pictures", "train/[1].tar")
         assert open_source("s3://pictures/train/[1].tar").shards == ["s3://pictures/train/[1].tar"]
+        client.upload_file(str(folder / "0.tar"), "pictures", "x[1]/0.tar")
+        assert open_source("s3://pictures/x[1]/").shards == ["s3://pictures/x[1]/0.tar"]
         with pytest.raises(ConfigError, match=r"no shards at s3://pictures/typo/\*.tar"):
             open_source("s3://pictures/typo/*.tar")
         with pytest.raises(ConfigError, match=r"s3://none/\*.tar cannot be listed: .*NoSuchBucket"):

@@ -295,7 +295,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(precision, drop_path, r
     for part in calls:
         blocks = getattr(model, part).resblocks if part == "text_transformer" else getattr(model, part).blocks
         for block in blocks:
-            block.register_forward_pre_hook(count(part))
+            block.attn.register_forward_pre_hook(count(part))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     assert model.is_gradient_checkpointing
     actual = gradients(model, *inputs)

@@ -226,6 +226,7 @@ def test_sigterm_to_one_rank_under_torchrun(tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize(
     ("ranks", "recompute"), [("one", False), ("one", True), ("ddp", False), ("fsdp", False), ("fsdp", True)]
 )

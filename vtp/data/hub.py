@@ -10,7 +10,18 @@ from typing import Any
 
 from vtp.config import ConfigError
 from vtp.data import shards
-from vtp.data.samples import Alone, Folders, Raw, Table, assemble, captions_in, classes_of, ended, templates_of
+from vtp.data.samples import (
+    Alone,
+    Folders,
+    Raw,
+    Table,
+    assemble,
+    captions_in,
+    classes_of,
+    ended,
+    names_of,
+    templates_of,
+)
 
 
 @dataclass
@@ -52,12 +63,13 @@ class HubSource(Alone):
         self._rows: Any = rows.cast_column(self._image, datasets.Image(decode=False))
         self.random_access = isinstance(rows, datasets.Dataset)
         self.shards: Sequence[int] = range(len(rows) if self.random_access else rows.num_shards)
-        labels = {column: tuple(kind.names) for column, kind in features.items() if hasattr(kind, "names")}
+        named = {column: kind.names for column, kind in features.items() if hasattr(kind, "names")}
+        labels = {column: tuple(name.replace("_", " ") for name in names) for column, names in named.items()}
         self._columns = {("class" if column == "label" else column): column for column in labels}
         classes = {label: labels[column] for label, column in self._columns.items()}
         self.classes = classes | classes_of(self.table)
         self.templates = templates_of(self.classes)
-        self._folders = Folders({}, {"class": classes["class"]} if "class" in classes else {})
+        self._folders = Folders({}, names_of(classes))
         self._whole = Counter[str]()
 
     def read(self, shard: int, size: int | None = None) -> Iterator[Raw]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import tarfile
 import threading
@@ -26,7 +27,7 @@ from vtp.data.tars import LABELS
 from vtp.files import file_sha256
 
 PLAN, COUNTS, SUMS = "pack.json", "counts.jsonl", "SHA256SUMS"
-_SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+_SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "MPO": "jpg"}  # MPO: several JPEGs in one file, as phones write
 
 
 def pack(
@@ -168,9 +169,20 @@ def _chosen(source: Source, limit: int | None, counts: dict[int, int]) -> tuple[
     return rng.permutation(np.concatenate(single)), several
 
 
+def _again(data: str, annotations: str | None) -> Source:
+    """The source, opened for one shard: what it warns of it has said when it was opened first."""
+    logging.disable(logging.WARNING)
+    try:
+        source = open_source(data, annotations)
+    finally:
+        logging.disable(logging.NOTSET)
+    source.report.clear()
+    return source
+
+
 def _count(data: str, annotations: str | None, shard: int) -> tuple[int, int, bool]:
     """The shard, how many samples it gives, and whether it could be read to its end."""
-    source = open_source(data, annotations)
+    source = _again(data, annotations)
     n = sum(1 for _ in source.read(source.shards[shard]))
     return shard, n, not source.report["broken shard"]
 
@@ -192,8 +204,7 @@ def _shard(
     counts: dict[int, int],
 ) -> None:
     """Write samples `first` to `last` of what is packed as one shard."""
-    source = open_source(data, annotations)
-    source.report.clear()
+    source = _again(data, annotations)
     partial = out / f".{number:05d}.tar.partial"
     try:
         written = _fill(partial, source, _slice(source, first, last, limit, counts))

@@ -29,7 +29,7 @@ from vtp.config import ConfigError
 from vtp.data.samples import IMAGE_SUFFIXES
 
 REMOTE = re.compile(r"^(pipe|https?|s3|gs|hf|ais|ftps|sftp|scp|file):")
-_TAR = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz)$")
+TAR = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz)$")
 PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # how gzip, bzip2 and xz begin
 RETRY_AFTER = (1.0, 5.0, 25.0)  # seconds before each new try
 TIMEOUT = 60.0  # seconds without a byte from a server or a command
@@ -49,12 +49,13 @@ def expand(data: str) -> list[str]:
     shards: list[str] = []
     for url in [data] if os.path.isfile(os.path.expanduser(data)) else expand_urls(data):
         if REMOTE.match(url):
-            url += "*" if url.startswith("s3://") and url.endswith("/") else ""  # a folder
+            if url.startswith("s3://") and url.endswith("/"):  # a folder
+                url = f"s3://{glob.escape(url.removeprefix('s3://'))}*"
             shards += _listed_s3(url) if url.startswith("s3://") and glob.has_magic(url) else [url]
             continue
         local = os.path.expanduser(url)
         found = sorted(glob.glob(local)) if glob.has_magic(local) and not os.path.exists(local) else [local]
-        found = [file for file in found if _TAR.search(file)] or found  # not img2dataset's files beside them
+        found = [file for file in found if TAR.search(file)] or found  # not img2dataset's files beside them
         if not found or not os.path.isfile(found[0]):
             raise ConfigError(
                 f"no data at {data}"
@@ -222,7 +223,7 @@ def _listed_s3(pattern: str) -> list[str]:
         raise ConfigError(f"{pattern} cannot be listed: {error}") from None
     if key in keys:  # brackets that are its own
         return [pattern]
-    keys = [k for k in keys if fnmatchcase(k, key) and k.count("/") == key.count("/") and _TAR.search(k)]
+    keys = [k for k in keys if fnmatchcase(k, key) and k.count("/") == key.count("/") and TAR.search(k)]
     if not keys:
         raise ConfigError(f"no shards at {pattern}")
     return [f"s3://{bucket}/{k}" for k in sorted(keys)]

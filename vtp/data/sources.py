@@ -31,7 +31,7 @@ from vtp.config import ConfigError
 from vtp.data import scenes, shards
 from vtp.data.folders import FolderSource
 from vtp.data.hub import HubSource
-from vtp.data.samples import KEY_COLUMNS, Alone, Raw, Source, Table
+from vtp.data.samples import IMAGE_SUFFIXES, KEY_COLUMNS, Alone, Raw, Source, Table
 from vtp.data.tars import TarSource
 
 log = logging.getLogger(__name__)
@@ -78,8 +78,10 @@ def _open(data: str, annotations: str | None) -> Source:
         return HubSource(data, table)
     path = Path(data).expanduser()
     if not shards.REMOTE.match(data) and path.is_dir():
-        tars = sorted(str(p) for p in path.glob("*.tar"))
-        return TarSource(data, tars, table) if tars else FolderSource(data, table)
+        tars = list(path.glob("*.tar"))
+        if not tars and not any(p.is_dir() or p.suffix.lower()[1:] in IMAGE_SUFFIXES for p in path.iterdir()):
+            tars = [p for p in path.iterdir() if shards.TAR.search(p.name)]  # beside pictures: what held them
+        return TarSource(data, sorted(map(str, tars)), table) if tars else FolderSource(data, table)
     return TarSource(data, shards.expand(data), table)
 
 
@@ -141,6 +143,8 @@ class Mixture:
                 if self.classes.get(label, source.classes[label]) != source.classes[label]
             }
             self.classes |= source.classes
+        if clashing:
+            log.warning("%s: its parts number the labels %s differently: left out", self.name, sorted(clashing))
         self._clashing = clashing
         self.classes = {label: names for label, names in self.classes.items() if label not in clashing}
         templates = {label: found for source in sources for label, found in source.templates.items()}

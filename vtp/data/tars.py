@@ -7,6 +7,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, cast
 
 from vtp.config import ConfigError
@@ -26,6 +27,7 @@ from vtp.data.samples import (
 )
 
 LABELS = "labels.json"  # beside packed shards: {label: its class names}, for the labels in KEY.json
+LOOKED_AT = 100  # samples of near shards, for what is beside their pictures
 MAX_CLASSES = 1_000_000  # a larger number in a KEY.cls is none
 _SUFFIXES = frozenset(IMAGE_SUFFIXES)
 
@@ -43,35 +45,37 @@ class TarSource(Alone):
     def __post_init__(self) -> None:
         seen: Counter[str] = Counter()
         tried = self.shards[: shards.TRIED_FIRST] if shards.REMOTE.match(self.shards[0]) else self.shards
+        far = shards.REMOTE.match(self.shards[0])
         begun = (m for i, shard in enumerate(tried) for m in shards.members(shard, seen, patient=i == 0))
-        first = next((m for m in begun if m.keys() & _SUFFIXES), None)
-        if first is None:
+        few = list(islice((m for m in begun if m.keys() & _SUFFIXES), 1 if far else LOOKED_AT))
+        if not few:
             raise ConfigError(
                 f"no pictures in {self.name}: its shards should hold KEY.jpg|png|webp with KEY.txt|json|cls"
                 + (f"; of the first {len(tried)} could not be read: {n}" if (n := seen["broken shard"]) else "")
             )
-        classed = "cls" in first or "/" in first["__key__"]
-        far = shards.REMOTE.match(self.shards[0])  # and is asked for no more than is likely there
-        names = shards.beside(self.shards[0], "classes.json") if classed or not far else None
+        held = set[str]().union(*few)  # suffixes
+        in_folders = any("/" in member["__key__"] for member in few)
+        names = shards.beside(self.shards[0], "classes.json")
         scanned = names is None and not far
         folders: Iterable[str] = ()
-        if scanned and not {"txt", "json", "cls"} & first.keys() and "/" in first["__key__"]:
+        if scanned and not {"txt", "json", "cls"} & held and in_folders:
             folders = _scan(self.shards, lambda name, _: name.split("/")[-2] if "/" in name else None)
         folders = sorted(set(folders))
         folders = folders if len(folders) > 1 else []  # one folder is a place, not a class
         self._folders = Folders.named(folders, names, f"classes.json beside {self.shards[0]}")
-        listed = shards.beside(self.shards[0], LABELS) if "json" in first else None
+        listed = shards.beside(self.shards[0], LABELS) if "json" in held else None
         named = _labels(listed, f"{LABELS} beside {self.shards[0]}")
         self._columns = {label: {name: i for i, name in enumerate(names)} for label, names in named.items()}
         own = named | self._folders.classes  # annotations may number the same labels otherwise
         words = list(self._folders.index) or own.get("class", ())  # that a KEY.cls may hold
-        if scanned and "cls" in first:
+        if scanned and "cls" in held:
             found = _scan(self.shards, lambda name, text: text().strip() if name.lower().endswith(".cls") else None)
             words = _numbered(set(found) - {""}, self.name)
             own["class"] = tuple(word.replace("_", " ") for word in words)
             self._folders = replace(self._folders, classes=names_of(own))
+        self._silent = replace(self._folders, classes={})  # a class makes no captions
         self._numbers = len(own.get("class", ()))
-        self._words = {word: i for i, word in enumerate(words) if not word.isdigit()}
+        self._words = {word: i for i, word in enumerate(words) if not word.isdecimal()}
         self.classes = own | classes_of(self.table)
         self.templates = templates_of(self.classes)
         self._whole = Counter[str]()  # shards read to their end, and samples in them
@@ -104,9 +108,10 @@ class TarSource(Alone):
                 unknown = number >= self._numbers
                 if not unknown:
                     labels["class"] = number
+            folders = self._silent if row.get("captions") == [] else self._folders  # as packed without any
             key = member["__key__"]
             folder = key.split("/")[-2] if "/" in key else None
-            yield assemble(key, image, captions, labels, folder, self._folders, self.table, self.report, unknown)
+            yield assemble(key, image, captions, labels, folder, folders, self.table, self.report, unknown)
 
 
 def _labels(listed: bytes | None, file: str) -> dict[str, tuple[str, ...]]:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vtp.models.config import DecoderConfig
-from vtp.models.layers import Block, linear, make_norm, run
+from vtp.models.layers import Block, linear, make_norm
 from vtp.models.rope import RopeEmbed
 
 
@@ -58,7 +58,7 @@ class PixelDecoder(nn.Module):
         x = x.to(self.proj_in.weight.dtype)  # the residual stream stays float32 under autocast, as in the trunk
         rope = self.rope_embed((rows, columns), 0, x.device)
         for block in self.blocks:
-            x = run(block, x, rope)
+            x = block(x, rope)
         x = self.proj_out(self.norm(x))  # [b, n, 3 p p]
         if torch.compiler.is_compiling():  # the same pixels; of the line below an exporter cannot prove what it must
             return F.pixel_shuffle(x.mT.unflatten(2, (rows, columns)), self.patch_size)

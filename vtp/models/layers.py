@@ -243,18 +243,20 @@ def residual(
 class Recomputable(nn.Module):
     """A block whose activations can be dropped, and computed again in the backward pass (gradient checkpointing).
 
-    Both attributes are set from outside, under the names that transformers gives them.
+    Both attributes are set from outside, under the names that transformers gives them. Recomputing is within `forward`,
+    so that a compiler sees it, and hooks that gather a sharded block's weights do not run again.
     """
 
     gradient_checkpointing = False
-    _gradient_checkpointing_func: Callable[..., Tensor]  # checkpoint(module, *args), as in torch.utils.checkpoint
+    _gradient_checkpointing_func: Callable[..., Tensor]  # checkpoint(function, *args), as in torch.utils.checkpoint
 
+    def forward(self, *args: Any) -> Tensor:
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(self.compute, *args)
+        return self.compute(*args)
 
-def run(block: nn.Module, *args: Any) -> Tensor:
-    """block(*args), in training with its activations recomputed where the block was told so."""
-    if isinstance(block, Recomputable) and block.gradient_checkpointing and block.training:
-        return block._gradient_checkpointing_func(block, *args)
-    return block(*args)
+    def compute(self, *args: Any) -> Tensor:
+        raise NotImplementedError
 
 
 class Block(Recomputable):
@@ -287,7 +289,7 @@ class Block(Recomputable):
         """The feed-forward branch, without the sum."""
         return self.ls2(self.mlp(self.norm2(x)))
 
-    def forward(
+    def compute(
         self, x: Float[Tensor, "b t d"], rope: Rope, drop_path: float = 0.0, rows: Int[Tensor, " n"] | None = None
     ) -> Float[Tensor, "*b d"]:
         """All tokens, or those at `rows` of b x t alone: [n, d]."""

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vtp.models.config import TextConfig
-from vtp.models.layers import LayerScale, Linear, Recomputable, attention, run
+from vtp.models.layers import LayerScale, Linear, Recomputable, attention
 
 Groups = tuple[tuple[int, int], ...]  # of each group: texts, tokens in each
 
@@ -70,7 +70,7 @@ class TextBlock(Recomputable):
         self.mlp = TextMlp(cfg)
         self.ls_2 = nn.Identity() if scale is None else LayerScale(dim, scale)
 
-    def forward(self, x: Float[Tensor, "n d"], groups: Groups) -> Float[Tensor, "n d"]:
+    def compute(self, x: Float[Tensor, "n d"], groups: Groups) -> Float[Tensor, "n d"]:
         x = x + self.ls_1(self.attn(self.ln_1(x), groups))
         return x + self.ls_2(self.mlp(self.ln_2(x)))
 
@@ -95,7 +95,7 @@ class TextTransformer(nn.Module):
         shapes = tuple((x.shape[0], x.shape[1]) for x in groups)
         x = groups[0].flatten(0, 1) if len(groups) == 1 else torch.cat([x.flatten(0, 1) for x in groups])
         for block in self.resblocks:
-            x = run(block, x, shapes)
+            x = block(x, shapes)
         parts = x.split([count * length for count, length in shapes])
         return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vtp.models.config import ViTConfig
-from vtp.models.layers import Block, Linear, make_norm, run
+from vtp.models.layers import Block, Linear, make_norm
 from vtp.models.rope import RopeEmbed
 
 
@@ -83,7 +83,7 @@ class ViT(nn.Module):
         rope = self.rope_embed(grid, 1, x.device)
         drop_path = drop_path if self.training else 0.0
         for block in self.blocks:
-            x = run(block, x, rope, drop_path)
+            x = block(x, rope, drop_path)
         x = self.norm(x)
         return Tokens(x[:, 0], x[:, 1:], grid)
 
@@ -107,8 +107,8 @@ class ViT(nn.Module):
             rows = torch.cat([rows, patches + patches // n + 1])
         *before, last = self.blocks
         for block in before:
-            x = run(block, x, rope, drop_path)
-        return self.norm(run(last, x, rope, drop_path, rows))
+            x = block(x, rope, drop_path)
+        return self.norm(last(x, rope, drop_path, rows))
 
     def get_intermediate_layers(
         self,
@@ -191,7 +191,7 @@ class ViT(nn.Module):
         """The tokens after each of the first `depth` blocks, computed as they are asked for."""
         rope = self.rope_embed(grid, 1, x.device)
         for block in self.blocks[:depth]:
-            x = run(block, x, rope)
+            x = block(x, rope)
             yield x
 
     def bottleneck(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b c"]:

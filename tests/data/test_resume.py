@@ -165,9 +165,9 @@ def test_a_killed_run_goes_on_with_the_same_batches(shards, tmp_path):
         assert process.returncode == (0 if kill_at is None else -9)
         return dict(lines)
 
-    whole = run(tmp_path / "whole", 70)
-    run(tmp_path / "killed", 70, kill_at=random.randint(5, 20))
-    resumed = run(tmp_path / "killed", 70)
+    whole = run(tmp_path / "whole", 100)
+    run(tmp_path / "killed", 100, kill_at=random.randint(5, 20))
+    resumed = run(tmp_path / "killed", 100)
     assert len(resumed) >= 50 and resumed.items() <= whole.items()
 
 

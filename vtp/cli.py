@@ -492,8 +492,9 @@ def pack_data(args: argparse.Namespace) -> None:
             bar.update(task, description=f"{doing} shards", completed=done, total=total)
 
         done = pack(args.data, args.out, **options, progress=progress)
-    reasons = ", ".join(f"{n} {reason}" for reason, n in done["left_out"].items()) or "nothing"
-    print(f"packed {done['samples']:,} samples in {done['shards']:,} shards in {args.out}; left out: {reasons}")
+    left_out, kept = (", ".join(f"{n} {why}" for why, n in done[name].items()) for name in ("left_out", "kept"))
+    print(f"packed {done['samples']:,} samples in {done['shards']:,} shards in {args.out}", end="; ")
+    print(f"left out: {left_out or 'nothing'}" + (f"; kept with a flaw: {kept}" if kept else ""))
 
 
 def sample(args: argparse.Namespace) -> None:

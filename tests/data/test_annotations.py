@@ -1,6 +1,7 @@
 """Captions and labels by key, in a jsonl file beside the data or given with them."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,6 +88,17 @@ def test_annotations_add_to_the_classes_of_shards(tmp_path, named):
     assert source.classes == {"class": ("a", "b"), "year": ("1999",)}  # and a line's second name is no label
     assert [raw.labels for raw in everything(source)] == [{"class": 1, "year": 0}, {"class": 0}]
     assert [raw.captions[0] for raw in everything(source)] == ["a photo of a b", "a photo of a a"]
+
+
+def test_annotations_are_of_all_parts_but_the_embedded_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in ("scenes_of_mine", "other"):
+        Path(place).mkdir()
+        (tmp_path / place / "a.jpg").write_bytes(picture(0))
+    Path("notes.jsonl").write_text('{"key": "a", "text": "given"}')
+    source = open_source("scenes_of_mine::other::scenes:test", "notes.jsonl")
+    raws = [raw for shard in source.shards[:3] for raw in source.read(shard)]
+    assert [raw.captions == ("given",) for raw in raws] == [True, True, False]
 
 
 def test_annotations_number_the_classes_of_shards_otherwise(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from tests.data.test_sources import everything, picture
 from vtp.config import ConfigError
+from vtp.data.pack import pack
 from vtp.data.samples import CLASS_TEMPLATES, LOST, Source
 from vtp.data.sources import counts, open_source
 
@@ -51,6 +52,21 @@ def test_hugging_face_datasets(tmp_path, kind):
     for gone, words in (("set:nowhere", why), ("set/gone", "")):
         with pytest.raises(ConfigError, match=f"cannot be opened: .*{words}"):
             open_source(f"hf:{tmp_path}/{gone}")
+
+
+def test_columns_of_classes_that_are_called_as_others_are(tmp_path):
+    """`label` beside `class` stays a label; the classes of `text` are captions, packed as well."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    named = {"class": ["owl", "bee"], "label": ["day", "night"], "text": ["a wise owl", "a bee"]}
+    columns = {name: [0, 1, 1] for name in named} | {"image": [{"bytes": picture(i), "path": None} for i in range(3)]}
+    features = {name: datasets.ClassLabel(names=names) for name, names in named.items()} | {"image": datasets.Image()}
+    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).save_to_disk(str(tmp_path / "set"))
+    pack(f"hf:{tmp_path}/set", tmp_path / "out")
+    for data in (f"hf:{tmp_path}/set", str(tmp_path / "out")):
+        source = open_source(data)
+        assert source.classes == {"class": ("owl", "bee"), "label": ("day", "night")}
+        found = {raw.image: (raw.captions, raw.labels) for raw in everything(source)}
+        assert found == {picture(i): ((named["text"][n],), {"class": n, "label": n}) for i, n in enumerate((0, 1, 1))}
 
 
 @pytest.mark.parametrize("fault", ["gone", "cut"])

@@ -82,7 +82,7 @@ def test_pictures_with_more_behind_them_stay_as_they_are(tmp_path):
 def test_packed_shards_hold_the_same_samples_in_equal_shards(folder, tmp_path):
     out = tmp_path / "out"
     done = pack(str(folder), out, shard_size=7)
-    assert done == {"shards": 3, "samples": 19, "left_out": {"empty file": 1}}
+    assert done == {"shards": 3, "samples": 19, "left_out": {"empty file": 1}, "kept": {}}
     before, after = everything(open_source(str(folder))), everything(open_source(str(out)))
     assert {(r.image, r.captions, r.labels["class"]) for r in after} == {
         (r.image, r.captions, r.labels["class"]) for r in before if r.image
@@ -129,7 +129,7 @@ def test_a_killed_pack_goes_on_and_ends_the_same(tmp_path):
     kept = {file: file.stat().st_mtime_ns for file in out.glob("*.tar") if file.with_suffix(".json").is_file()}
     assert 2 <= len(kept) < 4 and list(out.glob(".*.partial")) and not (out / "SHA256SUMS").exists()
     done = pack(str(shards), out, shard_size=4)
-    assert done == {"shards": 5, "samples": 16, "left_out": {"empty file": 4}}
+    assert done == {"shards": 5, "samples": 16, "left_out": {"empty file": 4}, "kept": {}}
     assert all(file.stat().st_mtime_ns == time for file, time in kept.items())
     assert (out / "SHA256SUMS").read_text() == (whole / "SHA256SUMS").read_text()
     assert all(file_sha256(out / name) == digest for digest, name in sums(out)) and not list(out.glob(".*"))
@@ -138,6 +138,26 @@ def test_a_killed_pack_goes_on_and_ends_the_same(tmp_path):
     assert file_sha256(out / "00003.tar") == sums(out)[3][0]
     with pytest.raises(ConfigError, match="shards of another pack"):
         pack(str(shards), out, shard_size=8)
+
+
+@pytest.mark.parametrize("kind", ["annotations", "metadata"])
+def test_a_pack_does_not_go_on_with_other_captions(tmp_path, kind):
+    """Or some of its shards would have the old ones."""
+    data, notes = tmp_path / "data", tmp_path / ("notes.jsonl" if kind == "annotations" else "data/metadata.jsonl")
+    data.mkdir()
+    for i in range(4):
+        (data / f"{i}.jpg").write_bytes(picture(i))
+
+    def once(text):
+        notes.write_text("\n".join(json.dumps({"file_name": f"{i}.jpg", "text": text}) for i in range(4)))
+        pack(str(data), tmp_path / "out", annotations=str(notes) if kind == "annotations" else None, shard_size=2)
+
+    once("old")
+    (tmp_path / "out/00001.tar").unlink()
+    with pytest.raises(ConfigError, match="data that has changed since"):
+        once("new")
+    once("old")
+    assert (tmp_path / "out/00001.tar").is_file()
 
 
 def test_counting_goes_on_behind_a_line_cut_short(tmp_path):
@@ -175,7 +195,7 @@ def test_a_shard_that_was_broken_when_it_was_counted_takes_no_numbers_of_the_nex
         pack(str(tmp_path / "in"), out, progress=stop)
     assert (out / "counts.jsonl").read_text().split("\n") == ["", "[0, 4]"]  # the other is asked again
     done = pack(str(tmp_path / "in"), out, progress=mend)
-    assert 0 < cut < 4 and done == {"shards": 1, "samples": 8 + cut, "left_out": {"broken shard": 1}}
+    assert 0 < cut < 4 and done == {"shards": 1, "samples": 8 + cut, "left_out": {"broken shard": 1}, "kept": {}}
     packed = open_source(str(out))
     assert len(everything(packed)) == 8 + cut and set(packed.report) == {"samples"}
 

@@ -97,6 +97,19 @@ def test_shards_have_classes_though_their_first_sample_has_none(folder, server):
     assert [raw.labels for raw in everything(far)] == [{}, {"class": 0}, {"class": 1}, {"class": 0}]
 
 
+def test_shards_have_classes_though_the_first_of_many_has_none(tmp_path, monkeypatch):
+    monkeypatch.setattr("vtp.data.tars.LOOKED_AT", 4)
+    for s in range(8):
+        members = [(f"{s}{i}.{e}", d) for i in range(4) for e, d in (("jpg", picture(i)), ("cls", b"owl"))]
+        write_tar(tmp_path / f"{s}.tar", [] if s == 0 else members[::2] if s < 4 else members)
+    source = open_source(str(tmp_path))
+    assert source.classes == {"class": ("owl",)}
+    assert [len(raw.labels) for raw in everything(source)] == [0] * 12 + [1] * 16
+    for s in range(0, 8, 2):  # those that are looked at
+        write_tar(tmp_path / f"{s}.tar", [])
+    assert len(everything(open_source(str(tmp_path)))) == 16
+
+
 KEYS = [f"{s}{i}" for s in range(3) for i in range(9)]
 
 

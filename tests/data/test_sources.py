@@ -10,7 +10,7 @@ from PIL import Image
 
 from vtp.config import ConfigError
 from vtp.data import shards
-from vtp.data.samples import CLASS_TEMPLATES, Source, left_out
+from vtp.data.samples import CLASS_TEMPLATES, Source, kept, left_out
 from vtp.data.scenes import CLASSES
 from vtp.data.sources import counts, open_source
 
@@ -307,6 +307,22 @@ def test_a_key_that_comes_again_is_counted(tmp_path):
     source = open_source(str(write_tar(tmp_path / "a.tar", members)))
     assert [(r.key, r.image) for r in everything(source)] == [("a", picture(0)), ("b", picture(1))]
     assert source.report == {"samples": 2, "duplicate key": 1}
+
+
+def test_a_second_picture_of_a_key_is_counted(tmp_path):
+    members = [("a.png", picture(0, "PNG")), ("a.jpg", picture(1)), ("b.jpg", picture(2)), ("b.mask.png", b"")]
+    source = open_source(str(write_tar(tmp_path / "a.tar", members)))
+    assert [(r.key, r.image) for r in everything(source)] == [("a", picture(1)), ("b", picture(2))]
+    assert kept(source.report) == {"second picture": 1} and not left_out(source.report)
+
+
+def test_folders_that_are_numbers_make_no_captions(tmp_path):
+    for name in ("0/a.jpg", "1/b.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(picture(0))
+    source = open_source(str(tmp_path))
+    assert source.classes == {"class": ("0", "1")}
+    assert [(raw.labels, raw.captions) for raw in everything(source)] == [({"class": 0}, ()), ({"class": 1}, ())]
 
 
 def test_a_text_apart_from_its_picture_is_counted_as_that(tmp_path):

@@ -6,7 +6,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vtp.config import ConfigError
@@ -20,6 +20,7 @@ from vtp.data.samples import (
     assemble,
     captions_beside,
     classes_of,
+    names_of,
     templates_of,
 )
 
@@ -40,9 +41,9 @@ class FolderSource(Alone):
         root = Path(self.name).expanduser()
         metadata, named = root / "metadata.jsonl", root / "classes.json"
         # A metadata file says which files belong to the set; one that is missing is then a broken sample.
-        self._metadata = Table.load(metadata, ("file_name",)) if metadata.is_file() else None
-        found, texts = _walk(root) if self._metadata is None else (self._metadata.labels, set())
-        if self._metadata is None and (below := next(root.glob("*/metadata.jsonl"), None)):
+        self.metadata = Table.load(metadata, ("file_name",)) if metadata.is_file() else None
+        found, texts = _walk(root) if self.metadata is None else (self.metadata.labels, set())
+        if self.metadata is None and (below := next(root.glob("*/metadata.jsonl"), None)):
             log.warning("%s is not read: it is of its folder alone; name that one, %s", below, below.parent)
         self.files = sorted(found)
         if not self.files:
@@ -51,12 +52,12 @@ class FolderSource(Alone):
                 f"tar shards, or files ending in {', '.join(IMAGE_SUFFIXES)}"
             )
         self.shards: Sequence[int] = range(len(self.files))
-        folders = sorted({f.split("/", 1)[0] for f in found if "/" in f}) if self._metadata is None else []
+        folders = sorted({f.split("/", 1)[0] for f in found if "/" in f}) if self.metadata is None else []
         if folders and set(folders) <= SPLITS and all(f.count("/") > 1 for f in self.files):
             raise ConfigError(f"{root} holds splits, not classes; name one of them, as in {root / folders[0]}")
         # The captions of img2dataset's "files" and of many others: KEY.txt or KEY.json beside KEY.jpg.
         written = sum(os.path.splitext(f)[0] in texts for f in self.files)
-        self._written = written > 0 or self._metadata is not None  # or may have
+        self._written = written > 0 or self.metadata is not None  # or may have
         names = named.read_bytes() if named.is_file() else None
         folders = folders if len(folders) > 1 else []  # a single one is a place
         if folders and names is None and 0 < written < len(self.files) / 2:
@@ -68,10 +69,11 @@ class FolderSource(Alone):
                 len(self.files),
             )
         self._folders = Folders.named([] if self._written else folders, names, str(named))  # with captions: places
-        if self._metadata is not None and "class" in self._metadata.classes:  # a classes.json numbers them otherwise
-            self._folders = Folders({}, self._metadata.called)
-        self.classes = classes_of(self._metadata) | self._folders.classes | classes_of(self.table)
+        if self.metadata is not None and "class" in self.metadata.classes:  # a classes.json numbers them otherwise
+            self._folders = Folders({}, self.metadata.called)
+        self.classes = classes_of(self.metadata) | self._folders.classes | classes_of(self.table)
         self.templates = templates_of(self.classes)
+        self._folders = replace(self._folders, classes=names_of(self._folders.classes))  # to make captions of
 
     def read(self, shard: int, size: int | None = None) -> Iterator[Raw]:
         key = self.files[shard]
@@ -89,7 +91,7 @@ class FolderSource(Alone):
         if large:
             self.report["file too large"] += 1
             return
-        captions, labels = ((), {}) if self._metadata is None else self._metadata.of(key, self.report)
+        captions, labels = ((), {}) if self.metadata is None else self.metadata.of(key, self.report)
         if not captions and self._written:
             captions, _ = captions_beside(*_beside(file), self.report)
         folder = key.split("/", 1)[0] if "/" in key else None

@@ -11,6 +11,7 @@ from typing import Any
 from vtp.config import ConfigError
 from vtp.data import shards
 from vtp.data.samples import (
+    CAPTION_COLUMNS,
     Alone,
     Folders,
     Raw,
@@ -65,7 +66,9 @@ class HubSource(Alone):
         self.shards: Sequence[int] = range(len(rows) if self.random_access else rows.num_shards)
         named = {column: kind.names for column, kind in features.items() if hasattr(kind, "names")}
         labels = {column: tuple(name.replace("_", " ") for name in names) for column, names in named.items()}
-        self._columns = {("class" if column == "label" else column): column for column in labels}
+        self._captions = {column: labels.pop(column) for column in CAPTION_COLUMNS if column in labels}
+        renamed = {} if "class" in labels else {"label": "class"}
+        self._columns = {renamed.get(column, column): column for column in labels}
         classes = {label: labels[column] for label, column in self._columns.items()}
         self.classes = classes | classes_of(self.table)
         self.templates = templates_of(self.classes)
@@ -93,8 +96,9 @@ class HubSource(Alone):
                     self.report["unreadable file"] += 1
                     continue
             labels = {label: row[column] for label, column in self._columns.items() if row[column] not in (None, -1)}
+            words = {c: names[row[c]] for c, names in self._captions.items() if row[c] not in (None, -1)}
             key = str(row.get("key", key))
-            yield assemble(key, data, captions_in(row), labels, None, self._folders, self.table, self.report)
+            yield assemble(key, data, captions_in(row | words), labels, None, self._folders, self.table, self.report)
 
     def _to_its_end(self, shard: int, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The rows, up to where a file is broken or gone; the library has tried the hub again by then."""

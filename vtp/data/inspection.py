@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vtp.config import ConfigError
 from vtp.data.decode import BadImage
-from vtp.data.samples import LOST, Raw, Source, left_out
+from vtp.data.samples import LOST, Raw, Source, kept, left_out
 from vtp.data.sources import shares
 from vtp.images import center_crop
 
@@ -79,14 +79,13 @@ def inspect(
     if not sizes:
         raise ConfigError(f"{source.name}: no picture can be read ({dict(left_out(source.report))})")
     width, height = np.array(sizes).T
-    broken_by = left_out(source.report)
     summary = {
         "data": source.name,
         "samples": source.report["samples"],
         "usable": len(sizes),
         "whole": all(whole),
-        "left_out": dict(broken_by.most_common()),
-        "kept": {reason: n for reason, n in source.report.items() if reason not in ("samples", LOST, *broken_by)},
+        "left_out": dict(left_out(source.report).most_common()),
+        "kept": kept(source.report),
         LOST: source.report[LOST],
         "broken": broken,
         "repeated": repeats,

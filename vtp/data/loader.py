@@ -256,7 +256,7 @@ def _check_source(source: Source, captions: bool) -> None:
     raise ConfigError(
         f"{source.name} has no captions, which the clip objective learns from; give each picture a text "
         '(metadata.jsonl: {"file_name": ..., "text": ...}, or KEY.txt or KEY.json beside KEY.jpg, as in shards), '
-        "give annotations=FILE.jsonl, "
+        "give annotations=FILE.jsonl, name its classes in a classes.json, "
         "name the data as ssl_data= or rec_data= instead, or switch the objective off with weights.clip=0"
     )
 

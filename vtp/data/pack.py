@@ -21,7 +21,7 @@ from PIL import Image
 
 from vtp.config import ConfigError
 from vtp.data.decode import BadImage, image_format
-from vtp.data.samples import Raw, Source, left_out
+from vtp.data.samples import Raw, Source, kept, left_out
 from vtp.data.sources import fingerprint, open_source, shares
 from vtp.data.tars import LABELS
 from vtp.files import file_sha256
@@ -54,7 +54,7 @@ def pack(
         progress: told the task ("counting" the samples of shards, "packing") and how many shards of how many are done.
 
     Returns:
-        {"shards", "samples", "left_out": {reason: count}}.
+        {"shards", "samples", "left_out": {reason: count}, "kept": {flaw: count}}.
 
     Raises:
         ConfigError: no such data, or `out` holds something else.
@@ -121,8 +121,8 @@ def pack(
     others = {label: names for label, names in source.classes.items() if label != "class"}
     if others:
         _write(out / LABELS, json.dumps(others, indent=1, ensure_ascii=False))
-    broken = sum((Counter(report["left_out"]) for report in reports), Counter())
-    return {"shards": shards, "samples": sum(r["samples"] for r in reports), "left_out": dict(broken)}
+    counted = {name: dict(sum((Counter(r[name]) for r in reports), Counter())) for name in ("left_out", "kept")}
+    return {"shards": shards, "samples": sum(r["samples"] for r in reports)} | counted
 
 
 def _end_with_parent() -> None:
@@ -213,7 +213,8 @@ def _shard(
         raise OSError(error.errno, error.strerror, str(partial)) from None
     final = out / f"{number:05d}.tar"
     partial.rename(final)
-    report = {"samples": written, "sha256": file_sha256(final), "left_out": left_out(source.report)}
+    counted = {"left_out": left_out(source.report), "kept": kept(source.report)}
+    report = {"samples": written, "sha256": file_sha256(final)} | counted
     _write(out / f"{number:05d}.json", json.dumps(report))
 
 

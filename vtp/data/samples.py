@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +28,16 @@ MAX_CAPTION = 2_000  # characters; far more than any text tower reads, and a pag
 LOST = "lost with a shard (estimated)"
 # What a report counts without anything being left out.
 HARMLESS = frozenset(
-    {"samples", LOST, "caption cut", "caption not UTF-8", "broken json", "unknown class", "not in annotations"}
+    {
+        "samples",
+        LOST,
+        "caption cut",
+        "caption not UTF-8",
+        "broken json",
+        "unknown class",
+        "not in annotations",
+        "second picture",
+    }
 )
 
 
@@ -98,6 +108,11 @@ def left_out(report: Mapping[str, int]) -> Counter[str]:
     return Counter({reason: n for reason, n in report.items() if reason not in HARMLESS})
 
 
+def kept(report: Mapping[str, int]) -> dict[str, int]:
+    """The part that counts flaws of samples that are used all the same."""
+    return {reason: n for reason, n in report.items() if reason in HARMLESS - {"samples", LOST}}
+
+
 def in_vain(report: Mapping[str, int]) -> Counter[str]:
     """The same, and what is thought to be lost with broken shards."""
     return left_out(report) + Counter({LOST: report.get(LOST, 0)})
@@ -116,6 +131,7 @@ class Table:
     """Captions and labels by key, from a jsonl file."""
 
     path: Path
+    sha256: str  # of the file
     captions: dict[str, tuple[str, ...]]
     labels: dict[str, dict[str, int]]
     classes: dict[str, tuple[str, ...]]
@@ -131,7 +147,7 @@ class Table:
         rows: dict[str, dict[str, Any]] = {}
         captions: dict[str, tuple[str, ...]] = {}
         not_utf8 = set()
-        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        for number, line in enumerate((lines := path.read_bytes()).splitlines(), start=1):
             if not line.strip():
                 continue
             broken: Counter[str] = Counter()
@@ -155,6 +171,7 @@ class Table:
         index = {column: {name: i for i, name in enumerate(names)} for column, names in classes.items()}
         return cls(
             path,
+            hashlib.sha256(lines).hexdigest(),
             captions,
             {
                 key: {c: index[c][str(v)] for c, v in row.items() if c in index and isinstance(v, str | int)}

@@ -69,7 +69,7 @@ def _open(data: str, annotations: str | None) -> Source:
         raise ConfigError("data is empty; give a folder, tar shards such as 'path/{000..099}.tar', hf:NAME, or scenes")
     if "::" in data:
         return Mixture(data, annotations)
-    if data == "scenes" or data.startswith("scenes:"):
+    if _embedded(data):
         if annotations is not None:
             raise ConfigError("scenes brings its own captions and labels; leave annotations out")
         return SceneSource(data)
@@ -83,6 +83,10 @@ def _open(data: str, annotations: str | None) -> Source:
             tars = [p for p in path.iterdir() if shards.TAR.search(p.name)]  # beside pictures: what held them
         return TarSource(data, sorted(map(str, tars)), table) if tars else FolderSource(data, table)
     return TarSource(data, shards.expand(data), table)
+
+
+def _embedded(data: str) -> bool:
+    return data.partition(":")[0] == "scenes"
 
 
 @dataclass
@@ -125,7 +129,7 @@ class Mixture:
                 data, weight = word, "1"
             if not data or float(weight) == 0:
                 raise ConfigError(f"data={self.name}: write a mixture as A@3::B@1, with weights above 0")
-            own = None if data.startswith("scenes") else self.annotations
+            own = None if _embedded(data) else self.annotations
             weighted.append((_open(data, own), float(weight)))
         total = sum(weight for _, weight in weighted)
         self.parts: Sequence[tuple[Any, float]] = tuple((source, weight / total) for source, weight in weighted)
@@ -183,7 +187,7 @@ def shares(source: Source, limit: int | None) -> list[int | None]:
 
 
 def fingerprint(source: Source) -> str:
-    """Digest of what a source lists: file names, or shards (and of near ones the sizes), and classes.
+    """Digest of what a source lists: file names, or shards (and of near ones the sizes), classes, and annotations.
 
     Not of the pictures themselves, which would have to be read.
     """
@@ -191,7 +195,8 @@ def fingerprint(source: Source) -> str:
     for part, _ in source.parts:
         listed = getattr(part, "files", part.shards)
         near = [os.path.getsize(s) for s in listed if isinstance(part, TarSource) and os.path.isfile(s)]
-        described.append((listed if isinstance(listed, list) else repr(listed), near, part.classes))
+        tables = [table.sha256 for name in ("table", "metadata") if (table := getattr(part, name, None)) is not None]
+        described.append((listed if isinstance(listed, list) else repr(listed), near, part.classes, tables))
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
 

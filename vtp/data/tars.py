@@ -27,7 +27,7 @@ from vtp.data.samples import (
 )
 
 LABELS = "labels.json"  # beside packed shards: {label: its class names}, for the labels in KEY.json
-LOOKED_AT = 100  # samples of near shards, for what is beside their pictures
+LOOKED_AT = 100  # samples of near shards, of as many shards as there are, for what is beside their pictures
 MAX_CLASSES = 1_000_000  # a larger number in a KEY.cls is none
 _SUFFIXES = frozenset(IMAGE_SUFFIXES)
 
@@ -44,10 +44,16 @@ class TarSource(Alone):
 
     def __post_init__(self) -> None:
         seen: Counter[str] = Counter()
-        tried = self.shards[: shards.TRIED_FIRST] if shards.REMOTE.match(self.shards[0]) else self.shards
         far = shards.REMOTE.match(self.shards[0])
-        begun = (m for i, shard in enumerate(tried) for m in shards.members(shard, seen, patient=i == 0))
-        few = list(islice((m for m in begun if m.keys() & _SUFFIXES), 1 if far else LOOKED_AT))
+        tried = self.shards[: shards.TRIED_FIRST] if far else self.shards
+
+        def pictures(shard: str) -> Iterator[dict[str, Any]]:
+            read = shards.members(shard, seen, patient=shard == tried[0])
+            return (member for member in read if member.keys() & _SUFFIXES)
+
+        some = [] if far else tried[:: -(-len(tried) // LOOKED_AT)]
+        few = [member for shard in some for member in islice(pictures(shard), -(-LOOKED_AT // len(some)))]
+        few = few or list(islice((member for shard in tried for member in pictures(shard)), 1))
         if not few:
             raise ConfigError(
                 f"no pictures in {self.name}: its shards should hold KEY.jpg|png|webp with KEY.txt|json|cls"
@@ -91,8 +97,10 @@ class TarSource(Alone):
     def _read(self, shard: str) -> Iterator[Raw | None]:
         for member in shards.members(shard, self.report):
             self.report["samples"] += 1
-            image = next((member[s] for s in IMAGE_SUFFIXES if s in member), None)
-            if image is None:
+            images = [member[s] for s in IMAGE_SUFFIXES if s in member]
+            if len(images) > 1:
+                self.report["second picture"] += 1
+            if not images:
                 dotted = any(suffix.rpartition(".")[2] in _SUFFIXES for suffix in member)  # a key ends at the first dot
                 self.report["dots in its name" if dotted else "no picture"] += 1
                 yield None
@@ -111,7 +119,7 @@ class TarSource(Alone):
             folders = self._silent if row.get("captions") == [] else self._folders  # as packed without any
             key = member["__key__"]
             folder = key.split("/")[-2] if "/" in key else None
-            yield assemble(key, image, captions, labels, folder, folders, self.table, self.report, unknown)
+            yield assemble(key, images[0], captions, labels, folder, folders, self.table, self.report, unknown)
 
 
 def _labels(listed: bytes | None, file: str) -> dict[str, tuple[str, ...]]:

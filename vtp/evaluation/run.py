@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vtp.config import ConfigError, within
 from vtp.data.passes import class_names, image_batches, labelled_batches
-from vtp.data.samples import CLASS_TEMPLATES, Source
+from vtp.data.samples import CLASS_TEMPLATES, Source, in_vain
 from vtp.data.sources import open_source
 from vtp.engine.optim import Asked, inference, pick_device, pick_precision
 from vtp.evaluation import generation as generated
@@ -398,7 +398,7 @@ def _renamed(classes: Sequence[str], names: Path | None, known: Sequence[str]) -
 
 def _left_out(source: Source) -> dict[str, str]:
     """What of the data could not be used, for the protocol; nothing where all of it was."""
-    broken = [f"{count} {reason}" for reason, count in sorted(source.report.items()) if reason != "samples"]
+    broken = [f"{count} {reason}" for reason, count in sorted(in_vain(source.report).items())]
     return {"left_out": ", ".join(broken)} if broken else {}
 
 

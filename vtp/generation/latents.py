@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vtp.config import ConfigError
-from vtp.data.samples import Source
+from vtp.data.samples import Source, in_vain
 from vtp.data.sources import open_source
 from vtp.engine.logging import progress_bar, say
 from vtp.engine.optim import Asked, inference, pick_device, pick_precision
@@ -202,7 +202,7 @@ def encode_latents(
     if count == 0:
         which = "" if label is None else f" has the label '{label}'"
         raise ConfigError(f"no usable picture in {data}{which}; left out: {dict(left_out)}")
-    left_out.update({reason: n for reason, n in source.report.items() if reason != "samples"})
+    left_out.update(in_vain(source.report))
     channels, height, width = sums.shape
     mean, std = sums.mean_std()
     LatentStats(

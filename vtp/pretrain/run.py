@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from vtp import dist
 from vtp.config import ConfigError
 from vtp.data.loader import Loader
-from vtp.data.samples import in_vain
+from vtp.data.samples import in_vain, kept
 from vtp.data.sources import open_source
 from vtp.engine.checkpoint import CheckpointError
 from vtp.engine.logging import say
@@ -100,8 +100,7 @@ def _report_broken(loader: Loader, cfg: PretrainConfig, file: Path) -> None:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in broken.items())
         say(f"left out of {' and '.join(data.values())}: {reasons}; of {reads:,} reads, each epoch's counted")
     if dist.is_main():
-        kept = {reason: n for reason, n in loader.total.items() if reason not in ("samples", *broken)}
         try:
-            file.write_text(json.dumps(data | {"reads": reads, "broken": broken, "kept": kept}, indent=2))
+            file.write_text(json.dumps(data | {"reads": reads, "broken": broken, "kept": kept(loader.total)}, indent=2))
         except OSError as error:  # a full disk; what ended the run is to be said
             say(f"{file}: {error.strerror}")

@@ -374,6 +374,10 @@ def test_words_as_classes_and_numbers_that_are_none(tmp_path):
     assert mixed.report == {"samples": 3, "unknown class": 1} and not left_out(mixed.report)
     with pytest.raises(ConfigError, match="KEY.cls holds 999999999999; classes are numbered"):
         open_source(str(classed(tmp_path / "huge" / "a.tar", ["1", "999999999999"])))
+    inner = [("0.jpg", picture(0)), ("0.cls", b"owl"), ("0.mask.cls", b"sky")]
+    assert open_source(str(write_tar(tmp_path / "inner.tar", inner))).classes == {"class": ("owl",)}
+    alike = open_source(str(classed(tmp_path / "alike" / "a.tar", ["a_b", "a b"])))
+    assert alike.classes == {"class": ("a b", "a_b")}  # two classes are not called the same
     (tmp_path / "mixed" / "classes.json").write_text(json.dumps([{"wnid": "n1", "names": ["newt"]}]))
     named = open_source(str(tmp_path / "mixed" / "a.tar"))
     assert named.classes == {"class": ("newt",)} and named.report == {}
@@ -462,6 +466,26 @@ def test_a_mixture_reads_as_its_parts(tmp_path):
     for wrong in ("scenes@0::scenes:test", "::scenes"):
         with pytest.raises(ConfigError, match="A@3::B@1"):
             open_source(wrong)
+
+
+def test_one_text_among_many_pictures_of_a_shard_is_said_to_end_classes(tmp_path, caplog):
+    members = [(f"{c}/{i}.jpg", picture(i)) for c in "ab" for i in range(3)]
+    assert open_source(str(write_tar(tmp_path / "a.tar", members))).classes == {"class": ("a", "b")}
+    assert not caplog.text
+    write_tar(tmp_path / "a.tar", [members[0], ("a/0.txt", b"a stray text"), *members[1:]])
+    assert open_source(str(tmp_path / "a.tar")).classes == {}
+    assert "1 of the first 6 pictures have a text" in caplog.text
+
+
+def test_which_files_of_a_folder_are_shards(tmp_path):
+    """All shards beside a plain one; packed ones alone, whatever is hidden or listed beside them."""
+    tar = write_tar(tmp_path / "one" / "0.tar", [("0.jpg", picture(0))])
+    (tmp_path / "one" / "1.tar.gz").write_bytes(gzip.compress(tar.read_bytes()))
+    assert len(everything(open_source(str(tmp_path / "one")))) == 2
+    tar.rename(tmp_path / "0.tar")
+    (tmp_path / "one" / ".cache").mkdir()
+    (tmp_path / "one" / "1.tar.md5").write_text("0")
+    assert open_source(str(tmp_path / "one")).shards == [str(tmp_path / "one" / "1.tar.gz")]
 
 
 def test_what_img2dataset_writes(tmp_path):

@@ -21,6 +21,7 @@ from vtp.data.samples import (
     classes_of,
     ended,
     names_of,
+    spaced,
     templates_of,
 )
 
@@ -65,7 +66,7 @@ class HubSource(Alone):
         self.random_access = isinstance(rows, datasets.Dataset)
         self.shards: Sequence[int] = range(len(rows) if self.random_access else rows.num_shards)
         named = {column: kind.names for column, kind in features.items() if hasattr(kind, "names")}
-        labels = {column: tuple(name.replace("_", " ") for name in names) for column, names in named.items()}
+        labels = {column: spaced(names) for column, names in named.items()}
         self._captions = {column: labels.pop(column) for column in CAPTION_COLUMNS if column in labels}
         renamed = {} if "class" in labels else {"label": "class"}
         self._columns = {renamed.get(column, column): column for column in labels}
@@ -97,7 +98,7 @@ class HubSource(Alone):
                     continue
             labels = {label: row[column] for label, column in self._columns.items() if row[column] not in (None, -1)}
             words = {c: names[row[c]] for c, names in self._captions.items() if row[c] not in (None, -1)}
-            key = str(row.get("key", key))
+            key = str(named) if (named := row.get("key")) is not None else key
             yield assemble(key, data, captions_in(row | words), labels, None, self._folders, self.table, self.report)
 
     def _to_its_end(self, shard: int, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -201,14 +202,24 @@ class Table:
         return self.captions[row], self.labels[row]
 
 
+_NUMBER = re.compile(r"-?\d+")
+
+
 def _in_order(name: str) -> tuple[bool, int, str]:
-    return not name.isdecimal(), int(name) if name.isdecimal() else 0, name
+    number = _NUMBER.fullmatch(name)
+    return not number, int(name) if number else 0, name
 
 
 def names_of(classes: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     """The classes, where they have names to call a picture by: a number is none."""
     names = classes.get("class", ())
-    return {} if all(name.isdecimal() for name in names) else {"class": names}
+    return {} if all(map(_NUMBER.fullmatch, names)) else {"class": names}
+
+
+def spaced(names: Sequence[str]) -> tuple[str, ...]:
+    """Names as people write them, without underscores; as they are, where two would become the same."""
+    written = tuple(name.replace("_", " ") for name in names)
+    return written if len(set(written)) == len(set(names)) else tuple(names)
 
 
 def classes_of(table: Table | None) -> dict[str, tuple[str, ...]]:
@@ -229,7 +240,7 @@ class Folders:
         Raises:
             ConfigError: classes.json is none, or does not name a folder.
         """
-        display = {f: f.replace("_", " ") for f in folders}
+        display = dict(zip(folders, spaced(folders), strict=True))
         if names is not None:
             try:
                 listed = {row["wnid"]: row["names"][0] for row in json.loads(names)}

@@ -29,7 +29,7 @@ from vtp.config import ConfigError
 from vtp.data.samples import IMAGE_SUFFIXES
 
 REMOTE = re.compile(r"^(pipe|https?|s3|gs|hf|ais|ftps|sftp|scp|file):")
-TAR = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz)$")
+TAR = re.compile(r"\.(tar(\.(gz|bz2|xz))?|tgz|tbz2?|txz)$")
 PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # how gzip, bzip2 and xz begin
 RETRY_AFTER = (1.0, 5.0, 25.0)  # seconds before each new try
 TIMEOUT = 60.0  # seconds without a byte from a server or a command
@@ -68,8 +68,10 @@ def expand(data: str) -> list[str]:
     return shards
 
 
-def beside(shard: str, name: str) -> bytes | None:
+def beside(shard: str, name: str, *, patient: bool = True) -> bytes | None:
     """The file of that name in a shard's folder; None where there is none, or the shard is no file.
+
+    A server that does not answer is asked again after `RETRY_AFTER` if `patient`.
 
     Raises:
         ConfigError: a server that does not answer.
@@ -79,7 +81,7 @@ def beside(shard: str, name: str) -> bytes | None:
         return Path(place).read_bytes() if os.path.isfile(place) else None
     if not shard.startswith(("http://", "https://", "s3://")):
         return None
-    for pause in (*RETRY_AFTER, None):
+    for pause in (*(RETRY_AFTER if patient else ()), None):
         try:
             with _open(place) as stream:
                 return stream.read()

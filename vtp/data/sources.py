@@ -78,9 +78,10 @@ def _open(data: str, annotations: str | None) -> Source:
         return HubSource(data, table)
     path = Path(data).expanduser()
     if not shards.REMOTE.match(data) and path.is_dir():
-        tars = list(path.glob("*.tar"))
-        if not tars and not any(p.is_dir() or p.suffix.lower()[1:] in IMAGE_SUFFIXES for p in path.iterdir()):
-            tars = [p for p in path.iterdir() if shards.TAR.search(p.name)]  # beside pictures: what held them
+        inside = [p for p in path.iterdir() if not p.name.startswith(".")]
+        tars = [p for p in inside if shards.TAR.search(p.name)]
+        if not any(p.suffix == ".tar" for p in tars):  # packed ones beside pictures are what held them
+            tars = [] if any(p.is_dir() or p.suffix.lower()[1:] in IMAGE_SUFFIXES for p in inside) else tars
         return TarSource(data, sorted(map(str, tars)), table) if tars else FolderSource(data, table)
     return TarSource(data, shards.expand(data), table)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, cast
@@ -23,6 +24,8 @@ from vtp.data.samples import (
     classes_of,
     ended,
     names_of,
+    row_of,
+    spaced,
     templates_of,
 )
 
@@ -30,6 +33,8 @@ LABELS = "labels.json"  # beside packed shards: {label: its class names}, for th
 LOOKED_AT = 100  # samples of near shards, of as many shards as there are, for what is beside their pictures
 MAX_CLASSES = 1_000_000  # a larger number in a KEY.cls is none
 _SUFFIXES = frozenset(IMAGE_SUFFIXES)
+_TEXTS = frozenset(("txt", "json"))
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -61,23 +66,41 @@ class TarSource(Alone):
             )
         held = set[str]().union(*few)  # suffixes
         in_folders = any("/" in member["__key__"] for member in few)
-        names = shards.beside(self.shards[0], "classes.json")
+        file = f"classes.json beside {self.shards[0]}"
+        signs = "cls" in held or (in_folders and not _TEXTS & held)
+        try:
+            names = shards.beside(self.shards[0], "classes.json", patient=signs)
+            Folders.named([], names, file)
+        except ConfigError as error:
+            if signs or not far:
+                raise
+            log.warning("%s; taken for none, as the first sample has no class", error)  # servers answer many things
+            names = None
         scanned = names is None and not far
         folders: Iterable[str] = ()
-        if scanned and not {"txt", "json", "cls"} & held and in_folders:
+        if scanned and in_folders and not {"txt", "json", "cls"} & held:
             folders = _scan(self.shards, lambda name, _: name.split("/")[-2] if "/" in name else None)
+        if scanned and in_folders and 0 < (written := sum(bool(m.keys() & _TEXTS) for m in few)) < len(few) / 2:
+            log.warning(
+                "%s: %d of the first %d pictures have a text, so its folders are taken for places, not classes; "
+                "remove the texts, or name the classes in a classes.json",
+                self.name,
+                written,
+                len(few),
+            )
         folders = sorted(set(folders))
         folders = folders if len(folders) > 1 else []  # one folder is a place, not a class
-        self._folders = Folders.named(folders, names, f"classes.json beside {self.shards[0]}")
-        listed = shards.beside(self.shards[0], LABELS) if "json" in held else None
+        self._folders = Folders.named(folders, names, file)
+        packed = any(_packed(row_of(member.get("json", b"{}"), Counter())) for member in few)
+        listed = shards.beside(self.shards[0], LABELS) if packed else None
         named = _labels(listed, f"{LABELS} beside {self.shards[0]}")
         self._columns = {label: {name: i for i, name in enumerate(names)} for label, names in named.items()}
         own = named | self._folders.classes  # annotations may number the same labels otherwise
         words = list(self._folders.index) or own.get("class", ())  # that a KEY.cls may hold
         if scanned and "cls" in held:
-            found = _scan(self.shards, lambda name, text: text().strip() if name.lower().endswith(".cls") else None)
+            found = _scan(self.shards, lambda name, text: text().strip() if _suffix(name) == "cls" else None)
             words = _numbered(set(found) - {""}, self.name)
-            own["class"] = tuple(word.replace("_", " ") for word in words)
+            own["class"] = spaced(words)
             self._folders = replace(self._folders, classes=names_of(own))
         self._silent = replace(self._folders, classes={})  # a class makes no captions
         self._numbers = len(own.get("class", ()))
@@ -116,10 +139,15 @@ class TarSource(Alone):
                 unknown = number >= self._numbers
                 if not unknown:
                     labels["class"] = number
-            folders = self._silent if row.get("captions") == [] else self._folders  # as packed without any
+            folders = self._silent if _packed(row) and not row["captions"] else self._folders
             key = member["__key__"]
             folder = key.split("/")[-2] if "/" in key else None
             yield assemble(key, images[0], captions, labels, folder, folders, self.table, self.report, unknown)
+
+
+def _packed(row: Mapping[str, Any]) -> bool:
+    """Whether a KEY.json is one that `pack` wrote."""
+    return row.keys() >= {"key", "captions"}
 
 
 def _labels(listed: bytes | None, file: str) -> dict[str, tuple[str, ...]]:
@@ -146,6 +174,11 @@ def _numbered(found: set[str], data: str) -> tuple[str, ...]:
             f"{data}: a KEY.cls holds {max(numbers)}; classes are numbered from 0 to {MAX_CLASSES - 1} at most"
         )
     return tuple(str(i) for i in range(max(numbers) + 1))
+
+
+def _suffix(name: str) -> str:
+    """What lies behind the key, which ends at the first dot of a name."""
+    return name.rpartition("/")[2].partition(".")[2].lower()
 
 
 def _scan(paths: Sequence[str], found: Any) -> Iterator[str]:

@@ -6,7 +6,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vtp.config import ConfigError
@@ -20,7 +20,6 @@ from vtp.data.samples import (
     assemble,
     captions_beside,
     classes_of,
-    names_of,
     templates_of,
 )
 
@@ -70,10 +69,9 @@ class FolderSource(Alone):
             )
         self._folders = Folders.named([] if self._written else folders, names, str(named))  # with captions: places
         if self.metadata is not None and "class" in self.metadata.classes:  # a classes.json numbers them otherwise
-            self._folders = Folders({}, self.metadata.called)
+            self._folders = Folders({}, self.metadata.classes)
         self.classes = classes_of(self.metadata) | self._folders.classes | classes_of(self.table)
         self.templates = templates_of(self.classes)
-        self._folders = replace(self._folders, classes=names_of(self._folders.classes))  # to make captions of
 
     def read(self, shard: int, size: int | None = None) -> Iterator[Raw]:
         key = self.files[shard]

@@ -20,7 +20,6 @@ from vtp.data.samples import (
     captions_in,
     classes_of,
     ended,
-    names_of,
     spaced,
     templates_of,
 )
@@ -73,7 +72,7 @@ class HubSource(Alone):
         classes = {label: labels[column] for label, column in self._columns.items()}
         self.classes = classes | classes_of(self.table)
         self.templates = templates_of(self.classes)
-        self._folders = Folders({}, names_of(classes))
+        self._folders = Folders({}, classes)
         self._whole = Counter[str]()
 
     def read(self, shard: int, size: int | None = None) -> Iterator[Raw]:

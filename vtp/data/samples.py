@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -183,11 +182,6 @@ class Table:
             {row.rpartition(".")[0]: row for row in reversed(rows) if row.rpartition(".")[2].lower() in IMAGE_SUFFIXES},
         )
 
-    @cached_property
-    def called(self) -> dict[str, tuple[str, ...]]:
-        """What pictures may be called by."""
-        return names_of(self.classes)
-
     def find(self, key: str) -> str | None:
         """The row of a sample: by its whole key, or by its last part with or without the suffix."""
         for candidate in (key, key.rsplit("/", 1)[-1], key.rsplit(".", 1)[0], Path(key).stem):
@@ -208,12 +202,6 @@ _NUMBER = re.compile(r"-?\d+")
 def _in_order(name: str) -> tuple[bool, int, str]:
     number = _NUMBER.fullmatch(name)
     return not number, int(name) if number else 0, name
-
-
-def names_of(classes: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """The classes, where they have names to call a picture by: a number is none."""
-    names = classes.get("class", ())
-    return {} if all(map(_NUMBER.fullmatch, names)) else {"class": names}
 
 
 def spaced(names: Sequence[str]) -> tuple[str, ...]:
@@ -283,7 +271,7 @@ def assemble(
         else:
             noted, more = table.of(row, report)
             captions, labels = noted or captions, labels | more
-            called = _called(more, table.called) or called
+            called = _called(more, table.classes) or called
     if unknown and "class" not in labels:
         report["unknown class"] += 1
     if not captions and called is not None:
@@ -295,7 +283,9 @@ def assemble(
 
 
 def _called(labels: Mapping[str, int], classes: Mapping[str, Sequence[str]]) -> str | None:
-    return classes["class"][labels["class"]] if "class" in labels and "class" in classes else None
+    """The name of the class, unless it is a number."""
+    name = classes["class"][labels["class"]] if "class" in labels and "class" in classes else None
+    return None if name is None or _NUMBER.fullmatch(name) else name
 
 
 def captions_beside(

@@ -23,7 +23,6 @@ from vtp.data.samples import (
     captions_beside,
     classes_of,
     ended,
-    names_of,
     row_of,
     spaced,
     templates_of,
@@ -101,8 +100,7 @@ class TarSource(Alone):
             found = _scan(self.shards, lambda name, text: text().strip() if _suffix(name) == "cls" else None)
             words = _numbered(set(found) - {""}, self.name)
             own["class"] = spaced(words)
-            self._folders = replace(self._folders, classes=names_of(own))
-        self._silent = replace(self._folders, classes={})  # a class makes no captions
+            self._folders = replace(self._folders, classes=own)
         self._numbers = len(own.get("class", ()))
         self._words = {word: i for i, word in enumerate(words) if not word.isdecimal()}
         self.classes = own | classes_of(self.table)
@@ -139,10 +137,9 @@ class TarSource(Alone):
                 unknown = number >= self._numbers
                 if not unknown:
                     labels["class"] = number
-            folders = self._silent if _packed(row) and not row["captions"] else self._folders
             key = member["__key__"]
             folder = key.split("/")[-2] if "/" in key else None
-            yield assemble(key, images[0], captions, labels, folder, folders, self.table, self.report, unknown)
+            yield assemble(key, images[0], captions, labels, folder, self._folders, self.table, self.report, unknown)
 
 
 def _packed(row: Mapping[str, Any]) -> bool:

@@ -47,34 +47,12 @@ class TarSource(Alone):
     report: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        seen: Counter[str] = Counter()
-        far = shards.REMOTE.match(self.shards[0])
-        tried = self.shards[: shards.TRIED_FIRST] if far else self.shards
-
-        def pictures(shard: str) -> Iterator[dict[str, Any]]:
-            read = shards.members(shard, seen, patient=shard == tried[0])
-            return (member for member in read if member.keys() & _SUFFIXES)
-
-        some = [] if far else tried[:: -(-len(tried) // LOOKED_AT)]
-        few = [member for shard in some for member in islice(pictures(shard), -(-LOOKED_AT // len(some)))]
-        few = few or list(islice((member for shard in tried for member in pictures(shard)), 1))
-        if not few:
-            raise ConfigError(
-                f"no pictures in {self.name}: its shards should hold KEY.jpg|png|webp with KEY.txt|json|cls"
-                + (f"; of the first {len(tried)} could not be read: {n}" if (n := seen["broken shard"]) else "")
-            )
+        far = shards.REMOTE.match(self.shards[0]) is not None
+        few = self._first_pictures(far)
         held = set[str]().union(*few)  # suffixes
         in_folders = any("/" in member["__key__"] for member in few)
         file = f"classes.json beside {self.shards[0]}"
-        signs = "cls" in held or (in_folders and not _TEXTS & held)
-        try:
-            names = shards.beside(self.shards[0], "classes.json", patient=signs)
-            Folders.named([], names, file)
-        except ConfigError as error:
-            if signs or not far:
-                raise
-            log.warning("%s; taken for none, as the first sample has no class", error)  # servers answer many things
-            names = None
+        names = self._names(file, expected=not far or "cls" in held or (in_folders and not _TEXTS & held))
         scanned = names is None and not far
         folders: Iterable[str] = ()
         if scanned and in_folders and not {"txt", "json", "cls"} & held:
@@ -106,6 +84,37 @@ class TarSource(Alone):
         self.classes = own | classes_of(self.table)
         self.templates = templates_of(self.classes)
         self._whole = Counter[str]()  # shards read to their end, and samples in them
+
+    def _first_pictures(self, far: bool) -> list[dict[str, Any]]:
+        """Members of shards, to see what is beside the pictures: one far away, near ones of shards spread evenly."""
+        seen: Counter[str] = Counter()
+        tried = self.shards[: shards.TRIED_FIRST] if far else self.shards
+
+        def pictures(shard: str) -> Iterator[dict[str, Any]]:
+            read = shards.members(shard, seen, patient=shard == tried[0])
+            return (member for member in read if member.keys() & _SUFFIXES)
+
+        some = [] if far else tried[:: -(-len(tried) // LOOKED_AT)]
+        few = [member for shard in some for member in islice(pictures(shard), -(-LOOKED_AT // len(some)))]
+        few = few or list(islice((member for shard in tried for member in pictures(shard)), 1))
+        if not few:
+            raise ConfigError(
+                f"no pictures in {self.name}: its shards should hold KEY.jpg|png|webp with KEY.txt|json|cls"
+                + (f"; of the first {len(tried)} could not be read: {n}" if (n := seen["broken shard"]) else "")
+            )
+        return few
+
+    def _names(self, file: str, expected: bool) -> bytes | None:
+        """The classes.json beside the shards; whatever a server says of one that is not expected is no error."""
+        try:
+            names = shards.beside(self.shards[0], "classes.json", patient=expected)
+            Folders.named([], names, file)
+        except ConfigError as error:
+            if expected:
+                raise
+            log.warning("%s; taken for none, as the first sample has no class", error)
+            return None
+        return names
 
     def read(self, shard: str, size: int | None = None) -> Iterator[Raw]:
         given, broken = 0, self.report["broken shard"]

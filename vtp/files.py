@@ -10,6 +10,18 @@ from pathlib import Path
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, what a file may hold; Python names no file then
 
 
+def write_text(file: Path, text: str) -> None:
+    """Write a file.
+
+    Raises:
+        OSError: it cannot be; of a full disk too it names the file.
+    """
+    try:
+        file.write_text(text)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from None
+
+
 def file_sha256(file: Path) -> str:
     """Hash of a file's bytes, in hexadecimal: which weights a figure or a folder of latents belongs to."""
     digest = hashlib.sha256()

@@ -354,7 +354,7 @@ def classed(path, words):
 
 
 def test_words_as_classes_and_numbers_that_are_none(tmp_path):
-    words = open_source(str(classed(tmp_path / "words" / "a.tar", ["owl", "bee\n", "owl"])))
+    words = open_source(str(classed(tmp_path / "words" / "a.tar", ["\ufeffowl", "bee\n", "owl"])))
     assert words.classes == {"class": ("bee", "owl")} and [r.labels["class"] for r in everything(words)] == [1, 0, 1]
     empty = write_tar(
         tmp_path / "c.tar", [("0.jpg", picture(0)), ("0.CLS", b"owl"), ("1.jpg", picture(1)), ("1.cls", b"")]

@@ -421,6 +421,16 @@ def test_a_record_that_cannot_be_written_stops_the_run(tmp_path):
     log.close()
 
 
+def test_a_disk_that_is_full_when_a_run_begins_is_an_error_that_names_the_file(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
+    try:
+        with pytest.raises(OSError, match="too large: .*config.yaml"), open_run(Config(out=str(tmp_path)), "auto"):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
 def test_a_disk_that_is_full_when_a_run_resumes_keeps_its_record(tmp_path):
     log = MetricsLog(tmp_path, 0)
     for step in range(1, 200):

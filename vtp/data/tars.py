@@ -141,7 +141,7 @@ class TarSource(Alone):
             labels = {c: index[str(row[c])] for c, index in self._columns.items() if str(row.get(c)) in index}
             unknown = False
             if "cls" in member:
-                word = member["cls"].strip().decode(errors="replace")
+                word = member["cls"].decode("utf-8-sig", errors="replace").strip()
                 number = self._words.get(word, int(word) if word.isdecimal() and len(word) < 10 else self._numbers)
                 unknown = number >= self._numbers
                 if not unknown:
@@ -194,7 +194,7 @@ def _scan(paths: Sequence[str], found: Any) -> Iterator[str]:
     """
 
     def reader(tar: tarfile.TarFile, info: tarfile.TarInfo) -> Any:
-        return lambda: cast(Any, tar.extractfile(info)).read().decode(errors="replace")
+        return lambda: cast(Any, tar.extractfile(info)).read().decode("utf-8-sig", errors="replace")
 
     for shard in paths:
         try:

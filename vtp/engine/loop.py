@@ -25,6 +25,7 @@ from vtp.config import ConfigError, within
 from vtp.engine import checkpoint
 from vtp.engine.logging import MetricsLog, environment, progress_bar, say
 from vtp.engine.speed import peak_memory
+from vtp.files import write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +139,8 @@ def open_run(cfg: Any, resume: str, ignore: tuple[str, ...] = ()) -> Iterator[Pa
             resumed = True
         dist.barrier()  # all ranks have looked before one writes
         if dist.is_main():
-            (out / NEW_CONFIG if resumed else saved).write_text(config.dump(cfg))
-            (out / "environment.json").write_text(json.dumps(environment(), indent=2))
+            write_text(out / NEW_CONFIG if resumed else saved, config.dump(cfg))
+            write_text(out / "environment.json", json.dumps(environment(), indent=2))
         dist.barrier()
         yield out
 

@@ -129,7 +129,7 @@ def test_a_class_in_a_column_makes_captions_unless_it_is_a_number(tmp_path, give
     for i in range(2):
         (tmp_path / f"{i}.jpg").write_bytes(picture(i))
     file = tmp_path / f"{given}.jsonl"
-    for names, captions in (("owl", "a photo of a owl"), ("7", None), ("-1", None)):
+    for names, captions in (("big_owl", "a photo of a big owl"), ("7", None), ("-1", None)):
         file.write_text(
             "\n".join(json.dumps({"file_name": f"{i}.jpg", "class": names, "text": "t" * i}) for i in (0, 1))
         )

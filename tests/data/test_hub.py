@@ -57,7 +57,7 @@ def test_hugging_face_datasets(tmp_path, kind):
 def test_columns_of_classes_that_are_called_as_others_are(tmp_path):
     """`label` beside `class` stays a label; the classes of `text` are captions, packed as well."""
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-    named = {"class": ["owl", "bee"], "label": ["day", "night"], "text": ["a wise owl", "a bee"]}
+    named = {"class": ["owl", "bee"], "label": ["day", "night"], "text": ["a wise owl", "7"]}
     columns = {name: [0, 1, 1] for name in named} | {"image": [{"bytes": picture(i), "path": None} for i in range(3)]}
     features = {name: datasets.ClassLabel(names=names) for name, names in named.items()} | {"image": datasets.Image()}
     datasets.Dataset.from_dict(columns, features=datasets.Features(features)).save_to_disk(str(tmp_path / "set"))
@@ -65,8 +65,12 @@ def test_columns_of_classes_that_are_called_as_others_are(tmp_path):
     for data in (f"hf:{tmp_path}/set", str(tmp_path / "out")):
         source = open_source(data)
         assert source.classes == {"class": ("owl", "bee"), "label": ("day", "night")}
+        bee = tuple(t.format("bee") for t in CLASS_TEMPLATES)  # a number is no caption
         found = {raw.image: (raw.captions, raw.labels) for raw in everything(source)}
-        assert found == {picture(i): ((named["text"][n],), {"class": n, "label": n}) for i, n in enumerate((0, 1, 1))}
+        assert found == {
+            picture(i): (captions, {"class": n, "label": n})
+            for i, (n, captions) in enumerate(((0, ("a wise owl",)), (1, bee), (1, bee)))
+        }
 
 
 @pytest.mark.parametrize("fault", ["gone", "cut"])

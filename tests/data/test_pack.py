@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -10,6 +11,7 @@ from tests.data.test_sources import everything, picture, write_tar
 from vtp import cli
 from vtp.config import ConfigError
 from vtp.data.pack import pack
+from vtp.data.samples import kept, left_out
 from vtp.data.sources import open_source
 from vtp.files import file_sha256
 from vtp.report.dataset import write_inspection
@@ -138,6 +140,26 @@ def test_a_killed_pack_goes_on_and_ends_the_same(tmp_path):
     assert file_sha256(out / "00003.tar") == sums(out)[3][0]
     with pytest.raises(ConfigError, match="shards of another pack"):
         pack(str(shards), out, shard_size=8)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 100])
+def test_flaws_are_counted_once_wherever_a_shard_begins(tmp_path, size):
+    """Between samples, before the first and behind the last one; of samples, and by annotations."""
+    members = [(f"{s}.txt", b"no picture") for s in "abc"]
+    for i in range(9):
+        members += [(f"{i}.jpg", picture(i)), (f"{i}.txt", b"\xff" if i % 2 else b"x" * 3_000)]
+        members += [(f"{i}_none.txt", b"no picture")] * (i % 3 == 0) + [(f"{i}_last.txt", b"no picture")] * (i == 8)
+    shards = [str(write_tar(tmp_path / f"{s}.tar", members)) for s in range(2)]
+    (tmp_path / "notes.jsonl").write_text('{"key": "3", "hue": "red"}')
+    source = open_source(f"{tmp_path}/*.tar", str(tmp_path / "notes.jsonl"))
+    assert len(everything(source)) == 18
+    done = pack(f"{tmp_path}/*.tar", tmp_path / "out", annotations=str(tmp_path / "notes.jsonl"), shard_size=size)
+    assert done["left_out"] == {"no picture": 14} == left_out(source.report)
+    assert done["kept"] == {"caption cut": 10, "caption not UTF-8": 8, "not in annotations": 16} == kept(source.report)
+    cut = Path(shards[0])
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    done = pack(f"{tmp_path}/*.tar", tmp_path / "cut", shard_size=size)
+    assert done["left_out"]["broken shard"] == 1
 
 
 @pytest.mark.parametrize("kind", ["annotations", "metadata"])

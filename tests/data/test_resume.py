@@ -82,7 +82,7 @@ def test_other_data_than_the_position_was_saved_in_is_refused_or_begun_anew(shar
     state = json.loads(json.dumps(before.state_dict()))
     (tmp_path / "9.tar").unlink()
     fewer = open_source(str(tmp_path))
-    with pytest.raises(ConfigError, match="lists other files than when the position was saved"):
+    with pytest.raises(ConfigError, match="has other files or annotations than when the position was saved"):
         loader(fewer).load_state_dict(state)
     again = loader(fewer, anew=True)
     again.load_state_dict(state)

@@ -85,15 +85,19 @@ def test_classes_far_away_are_those_that_a_file_beside_the_shards_names(classed,
 
 @pytest.mark.parametrize("answer", ["500", "page"])
 def test_what_a_server_says_of_classes_that_nothing_asks_for_is_no_error(folder, server, answer, caplog):
-    """Pictures with captions, and where no classes.json is a page that says so, or an error of the server's own."""
-    about = json.dumps({"caption": "a hill", "key": "0"}).encode()
+    """Pictures with captions, and where no classes.json is, a page that says so, or an error of the server's own."""
+    about = json.dumps({"captions": ["a hill"]}).encode() if answer == "page" else b'{"caption": "a hill"}'
     write_tar(folder / "0.tar", [("0.jpg", picture(0)), ("0.json", about)])
     for name in ("classes.json", "labels.json"):
-        (folder / name).write_text("<html>not here</html>")
-        server.faults[f"/{name}"] = {"always": ("status", 500)} if answer == "500" else {}
+        (folder / name).write_text("\n<html>not here</html>")
+    server.faults["/classes.json"] = {"always": ("status", 500)} if answer == "500" else {}
     source = open_source(f"{server.url}/0.tar")
     assert source.classes == {} and [raw.captions for raw in everything(source)] == [("a hill",)]
-    assert "taken for none" in caplog.text and server.asked["/labels.json"] == 0 and server.asked["/classes.json"] == 1
+    assert ("taken for none" in caplog.text) == (answer == "500")
+    assert server.asked["/labels.json"] == (answer == "page")
+    (folder / "classes.json").write_text(json.dumps([{"wnid": "owl", "names": ["owl"]}]))
+    server.faults["/classes.json"] = {server.asked["/classes.json"] + 1: ("status", 503)}  # asked again
+    assert open_source(f"{server.url}/0.tar").classes == {"class": ("owl",)}
 
 
 def test_shards_have_classes_though_their_first_sample_has_none(folder, server):

@@ -181,6 +181,13 @@ def test_broken_text_is_survived(tmp_path):
     assert not left_out(source.report)  # pictures are kept, and captions as far as they can be read
 
 
+def test_an_empty_caption_leaves_the_next_column(tmp_path):
+    rows = [b'{"text": "", "caption": "a hill"}', b'{"text": null, "captions": ["", "two"]}', b'{"text": 3}']
+    members = [(f"{i}.{e}", d) for i, row in enumerate(rows) for e, d in (("jpg", picture(i)), ("json", row))]
+    source = open_source(str(write_tar(tmp_path / "a.tar", members)))
+    assert [raw.captions for raw in everything(source)] == [("a hill",), ("two",), ()]
+
+
 def test_json_is_read_as_far_as_it_can_be(tmp_path):
     members = [("a.jpg", picture(0)), ("a.txt", b" "), ("a.json", b'{"caption": "caf\xe9"}')]
     members += [("b.jpg", picture(1)), ("b.json", b"[" * 100_000)]
@@ -361,7 +368,7 @@ def test_words_as_classes_and_numbers_that_are_none(tmp_path):
     )
     raws = everything(source := open_source(str(empty)))
     assert source.classes == {"class": ("owl",)} and [raw.labels for raw in raws] == [{"class": 0}, {}]
-    assert raws[1].captions == () and source.report == {"samples": 2, "unknown class": 1}
+    assert raws[1].captions == () and source.report == {"samples": 2}  # an empty one is none
     gone = classed(tmp_path / "gone" / "b.tar", ["eel"])
     (gone.parent / "a.tar.gz").write_bytes(gzip.compress(empty.read_bytes()))
     cut = gone.parent / "c.tar.gz"
@@ -481,9 +488,12 @@ def test_which_files_of_a_folder_are_shards(tmp_path):
     """All shards beside a plain one; packed ones alone, whatever is hidden or listed beside them."""
     tar = write_tar(tmp_path / "one" / "0.tar", [("0.jpg", picture(0))])
     (tmp_path / "one" / "1.tar.gz").write_bytes(gzip.compress(tar.read_bytes()))
+    (tmp_path / "one" / "0.tar.gz").write_bytes(gzip.compress(tar.read_bytes()))  # the same again
     assert len(everything(open_source(str(tmp_path / "one")))) == 2
+    (tmp_path / "one" / "0.tar.gz").unlink()
     tar.rename(tmp_path / "0.tar")
     (tmp_path / "one" / ".cache").mkdir()
+    (tmp_path / "one" / "logs").mkdir()
     (tmp_path / "one" / "1.tar.md5").write_text("0")
     assert open_source(str(tmp_path / "one")).shards == [str(tmp_path / "one" / "1.tar.gz")]
 

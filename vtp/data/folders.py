@@ -96,6 +96,11 @@ class FolderSource(Alone):
         yield assemble(key, image, captions, labels, folder, self._folders, self.table, self.report)
 
 
+def holds_pictures(root: Path) -> bool:
+    """Whether there is a picture in a folder or below."""
+    return any(Path(name).suffix.lower()[1:] in IMAGE_SUFFIXES for _, _, files in os.walk(root) for name in files)
+
+
 def _walk(root: Path) -> tuple[list[str], set[str]]:
     """Relative paths of the picture files under a folder, and those of texts and JSON without their suffix.
 

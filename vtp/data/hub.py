@@ -20,6 +20,7 @@ from vtp.data.samples import (
     captions_in,
     classes_of,
     ended,
+    is_number,
     spaced,
     templates_of,
 )
@@ -96,8 +97,9 @@ class HubSource(Alone):
                     self.report["unreadable file"] += 1
                     continue
             labels = {label: row[column] for label, column in self._columns.items() if row[column] not in (None, -1)}
-            words = {c: names[row[c]] for c, names in self._captions.items() if row[c] not in (None, -1)}
-            key = str(named) if (named := row.get("key")) is not None else key
+            named = {c: names[row[c]] for c, names in self._captions.items() if row[c] not in (None, -1)}
+            words = {c: name for c, name in named.items() if not is_number(name)}
+            key = str(own) if (own := row.get("key")) is not None else key
             yield assemble(key, data, captions_in(row | words), labels, None, self._folders, self.table, self.report)
 
     def _to_its_end(self, shard: int, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -192,7 +192,7 @@ class Loader:
                 f"the position was saved in other data ({' and '.join(state['sources'])}) than "
                 f"{' and '.join(self._names)}; by resume=anyway this data is begun at its first epoch"
                 if "sources" in changed
-                else f"{' and '.join(self._names)} lists other files than when the position was saved; "
+                else f"{' and '.join(self._names)} has other files or annotations than when the position was saved; "
                 "by resume=anyway it is begun at its first epoch"
             )
         self.close()

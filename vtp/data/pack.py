@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
+from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,12 @@ def pack(
     others = {label: names for label, names in source.classes.items() if label != "class"}
     if others:
         _write(out / LABELS, json.dumps(others, indent=1, ensure_ascii=False))
-    counted = {name: dict(sum((Counter(r[name]) for r in reports), Counter())) for name in ("left_out", "kept")}
-    return {"shards": shards, "samples": sum(r["samples"] for r in reports)} | counted
+    broken = {number for report in reports for number in report["broken"]}  # which several may have read
+    lost, flaws = (sum((Counter(report[name]) for report in reports), Counter()) for name in ("left_out", "kept"))
+    if broken:
+        lost["broken shard"] = len(broken)
+    samples = sum(report["samples"] for report in reports)
+    return {"shards": shards, "samples": samples, "left_out": dict(lost), "kept": dict(flaws)}
 
 
 def _end_with_parent() -> None:
@@ -205,16 +210,17 @@ def _shard(
 ) -> None:
     """Write samples `first` to `last` of what is packed as one shard."""
     source = _again(data, annotations)
+    broken = set[int]()
     partial = out / f".{number:05d}.tar.partial"
     try:
-        written = _fill(partial, source, _slice(source, first, last, limit, counts))
+        written = _fill(partial, source, _slice(source, first, last, limit, counts, broken))
     except OSError as error:  # a full disk
         partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(partial)) from None
     final = out / f"{number:05d}.tar"
     partial.rename(final)
     counted = {"left_out": left_out(source.report), "kept": kept(source.report)}
-    report = {"samples": written, "sha256": file_sha256(final)} | counted
+    report = {"samples": written, "sha256": file_sha256(final), "broken": sorted(broken)} | counted
     _write(out / f"{number:05d}.json", json.dumps(report))
 
 
@@ -242,8 +248,9 @@ def _fill(partial: Path, source: Source, samples: Iterator[tuple[int, Raw]]) -> 
 
 
 def _slice(
-    source: Source, first: int, last: int, limit: int | None, counts: dict[int, int]
+    source: Source, first: int, last: int, limit: int | None, counts: dict[int, int], broken: set[int]
 ) -> Iterator[tuple[int, Raw]]:
+    """Samples `first` to `last` of what is packed, and their numbers; numbers of broken shards go to `broken`."""
     single, several = _chosen(source, limit, counts)
     for i, shard in enumerate(single[first:last].tolist(), start=first):
         yield from ((i, raw) for raw in source.read(source.shards[shard]))
@@ -253,17 +260,26 @@ def _slice(
         begin, end = max(first - start, 0), min(last - start, taken)
         empty = n == 0 and (first < start <= last or start == first == 0)  # read for what it lacks
         if begin < end or empty:
-            before = source.report.copy()
-            for j, raw in enumerate(source.read(source.shards[shard])):
-                if j == end:
-                    source.report["broken shard"] += end == n  # as it was when counted; the next has the numbers behind
+            before = upto = source.report.copy()
+            # What lies before the first sample counts for another tar, what lies behind the last counted one for this.
+            for j, raw in enumerate(islice(source.read(source.shards[shard]), None if end == n else end)):
+                if j == n:  # it was broken when it was counted, and the numbers behind are the next's
+                    _set(source.report, upto)
+                    broken.add(shard)
                     break
                 if j >= begin:
                     yield start + j, raw
-                elif j == begin - 1:
-                    source.report.clear()
-                    source.report.update(before)  # what lies before belongs to other shards
+                if j == begin - 1:
+                    _set(source.report, before)
+                upto = source.report.copy() if j == n - 1 else upto
+            if source.report.pop("broken shard", 0):
+                broken.add(shard)
         start += taken
+
+
+def _set(counter: Counter[str], to: Counter[str]) -> None:
+    counter.clear()
+    counter.update(to)
 
 
 def _file(raw: Raw) -> tuple[str, bytes]:

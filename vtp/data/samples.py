@@ -177,7 +177,7 @@ class Table:
                 key: {c: index[c][str(v)] for c, v in row.items() if c in index and isinstance(v, str | int)}
                 for key, row in rows.items()
             },
-            classes,
+            classes | {"class": spaced(classes["class"])} if "class" in classes else classes,
             frozenset(not_utf8),
             {row.rpartition(".")[0]: row for row in reversed(rows) if row.rpartition(".")[2].lower() in IMAGE_SUFFIXES},
         )
@@ -200,8 +200,12 @@ _NUMBER = re.compile(r"-?\d+")
 
 
 def _in_order(name: str) -> tuple[bool, int, str]:
-    number = _NUMBER.fullmatch(name)
-    return not number, int(name) if number else 0, name
+    return not is_number(name), int(name) if is_number(name) else 0, name
+
+
+def is_number(name: str) -> bool:
+    """Whether a class is but numbered."""
+    return _NUMBER.fullmatch(name) is not None
 
 
 def spaced(names: Sequence[str]) -> tuple[str, ...]:
@@ -285,7 +289,7 @@ def assemble(
 def _called(labels: Mapping[str, int], classes: Mapping[str, Sequence[str]]) -> str | None:
     """The name of the class, unless it is a number."""
     name = classes["class"][labels["class"]] if "class" in labels and "class" in classes else None
-    return None if name is None or _NUMBER.fullmatch(name) else name
+    return None if name is None or is_number(name) else name
 
 
 def captions_beside(
@@ -298,11 +302,12 @@ def captions_beside(
 
 
 def captions_in(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those of the first column that has any."""
     for column in CAPTION_COLUMNS:
         value = row.get(column)
-        if value is not None:
-            texts = value if isinstance(value, list) else [value]
-            return tuple(t.strip() for t in texts if isinstance(t, str) and t.strip())
+        texts = value if isinstance(value, list) else [value]
+        if found := tuple(t.strip() for t in texts if isinstance(t, str) and t.strip()):
+            return found
     return ()
 
 

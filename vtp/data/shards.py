@@ -68,10 +68,8 @@ def expand(data: str) -> list[str]:
     return shards
 
 
-def beside(shard: str, name: str, *, patient: bool = True) -> bytes | None:
+def beside(shard: str, name: str) -> bytes | None:
     """The file of that name in a shard's folder; None where there is none, or the shard is no file.
-
-    A server that does not answer is asked again after `RETRY_AFTER` if `patient`.
 
     Raises:
         ConfigError: a server that does not answer.
@@ -81,10 +79,11 @@ def beside(shard: str, name: str, *, patient: bool = True) -> bytes | None:
         return Path(place).read_bytes() if os.path.isfile(place) else None
     if not shard.startswith(("http://", "https://", "s3://")):
         return None
-    for pause in (*(RETRY_AFTER if patient else ()), None):
+    for pause in (*RETRY_AFTER, None):
         try:
             with _open(place) as stream:
-                return stream.read()
+                data = stream.read()
+            return None if data.lstrip().startswith(b"<") else data  # a page; some servers say so that there is none
         except (OSError, HTTPException) as error:
             if _lasting(error):
                 return None

@@ -29,9 +29,9 @@ import numpy as np
 
 from vtp.config import ConfigError
 from vtp.data import scenes, shards
-from vtp.data.folders import FolderSource
+from vtp.data.folders import FolderSource, holds_pictures
 from vtp.data.hub import HubSource
-from vtp.data.samples import IMAGE_SUFFIXES, KEY_COLUMNS, Alone, Raw, Source, Table
+from vtp.data.samples import KEY_COLUMNS, Alone, Raw, Source, Table
 from vtp.data.tars import TarSource
 
 log = logging.getLogger(__name__)
@@ -79,10 +79,11 @@ def _open(data: str, annotations: str | None) -> Source:
     path = Path(data).expanduser()
     if not shards.REMOTE.match(data) and path.is_dir():
         inside = [p for p in path.iterdir() if not p.name.startswith(".")]
-        tars = [p for p in inside if shards.TAR.search(p.name)]
-        if not any(p.suffix == ".tar" for p in tars):  # packed ones beside pictures are what held them
-            tars = [] if any(p.is_dir() or p.suffix.lower()[1:] in IMAGE_SUFFIXES for p in inside) else tars
-        return TarSource(data, sorted(map(str, tars)), table) if tars else FolderSource(data, table)
+        tars = {shards.TAR.sub("", p.name): p for p in sorted(inside, reverse=True) if shards.TAR.search(p.name)}
+        # One of 0.tar and 0.tar.gz, which are the same; and packed ones beside pictures are what held them.
+        if any(p.suffix == ".tar" for p in tars.values()) or (tars and not holds_pictures(path)):
+            return TarSource(data, sorted(map(str, tars.values())), table)
+        return FolderSource(data, table)
     return TarSource(data, shards.expand(data), table)
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, cast
@@ -51,8 +51,7 @@ class TarSource(Alone):
         few = self._first_pictures(far)
         held = set[str]().union(*few)  # suffixes
         in_folders = any("/" in member["__key__"] for member in few)
-        file = f"classes.json beside {self.shards[0]}"
-        names = self._names(file, expected=not far or "cls" in held or (in_folders and not _TEXTS & held))
+        names = self._names(expected=not far or "cls" in held or (in_folders and not _TEXTS & held))
         scanned = names is None and not far
         folders: Iterable[str] = ()
         if scanned and in_folders and not {"txt", "json", "cls"} & held:
@@ -67,8 +66,8 @@ class TarSource(Alone):
             )
         folders = sorted(set(folders))
         folders = folders if len(folders) > 1 else []  # one folder is a place, not a class
-        self._folders = Folders.named(folders, names, file)
-        packed = any(_packed(row_of(member.get("json", b"{}"), Counter())) for member in few)
+        self._folders = Folders.named(folders, names, f"classes.json beside {self.shards[0]}")
+        packed = any("captions" in row_of(member.get("json", b"{}"), Counter()) for member in few)  # or alike
         listed = shards.beside(self.shards[0], LABELS) if packed else None
         named = _labels(listed, f"{LABELS} beside {self.shards[0]}")
         self._columns = {label: {name: i for i, name in enumerate(names)} for label, names in named.items()}
@@ -104,17 +103,15 @@ class TarSource(Alone):
             )
         return few
 
-    def _names(self, file: str, expected: bool) -> bytes | None:
-        """The classes.json beside the shards; whatever a server says of one that is not expected is no error."""
+    def _names(self, expected: bool) -> bytes | None:
+        """The classes.json beside the shards; that a server fails when asked for an unexpected one is no error."""
         try:
-            names = shards.beside(self.shards[0], "classes.json", patient=expected)
-            Folders.named([], names, file)
+            return shards.beside(self.shards[0], "classes.json")
         except ConfigError as error:
             if expected:
                 raise
             log.warning("%s; taken for none, as the first sample has no class", error)
             return None
-        return names
 
     def read(self, shard: str, size: int | None = None) -> Iterator[Raw]:
         given, broken = 0, self.report["broken shard"]
@@ -140,8 +137,7 @@ class TarSource(Alone):
             )
             labels = {c: index[str(row[c])] for c, index in self._columns.items() if str(row.get(c)) in index}
             unknown = False
-            if "cls" in member:
-                word = member["cls"].decode("utf-8-sig", errors="replace").strip()
+            if word := member.get("cls", b"").decode("utf-8-sig", errors="replace").strip():
                 number = self._words.get(word, int(word) if word.isdecimal() and len(word) < 10 else self._numbers)
                 unknown = number >= self._numbers
                 if not unknown:
@@ -149,11 +145,6 @@ class TarSource(Alone):
             key = member["__key__"]
             folder = key.split("/")[-2] if "/" in key else None
             yield assemble(key, images[0], captions, labels, folder, self._folders, self.table, self.report, unknown)
-
-
-def _packed(row: Mapping[str, Any]) -> bool:
-    """Whether a KEY.json is one that `pack` wrote."""
-    return row.keys() >= {"key", "captions"}
 
 
 def _labels(listed: bytes | None, file: str) -> dict[str, tuple[str, ...]]:

@@ -92,6 +92,7 @@ def test_saved_configuration_loads_as_itself(tmp_path):
         ("modle.patch=5", "unknown key 'modle.patch'; did you mean 'model.patch'?"),
         ("zzz=5", "unknown key 'zzz'; the keys are steps, data, name, fast, precision, betas, lr, model"),
         ("model.zzz=5", "unknown key 'model.zzz'; the keys are model.vision, model.patch"),
+        ("model.zzz.yyy.xxx=5", "unknown key 'model.zzz.yyy.xxx'; the keys are model.vision, model.patch"),
         ("steps=many", "steps=many: Value 'many' of type 'str' could not be converted to Integer"),
         ("steps=1.5", "steps=1.5: .*Integer"),
         ("steps=null", "steps=null: Incompatible value 'None'"),

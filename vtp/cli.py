@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `vtp` and `python -m vtp`. A mistake of the user's is one line on stderr and exit code 2."""
     try:
-        _run(_parser().parse_args(argv))
+        _run(_parsed(_parser(), argv))
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("vtp: interrupted", file=sys.stderr)
@@ -251,6 +251,16 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None]
     parser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(run=run)
     return parser
+
+
+def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; key=value may stand behind options too, which argparse by itself does not allow."""
+    args, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
 
 
 def _recipe(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:

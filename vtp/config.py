@@ -169,7 +169,9 @@ def _unknown(key: str, conf: DictConfig) -> str:
     nearest = max(keys, key=likeness)
     if likeness(nearest)[0] >= 0.6:
         return f"unknown key '{key}'; did you mean '{nearest}'?"
-    return f"unknown key '{key}'; the keys are {', '.join(k for k in keys if k.rpartition('.')[0] == room)}"
+    while not (beside := [k for k in keys if k.rpartition(".")[0] == room]):
+        room = room.rpartition(".")[0]
+    return f"unknown key '{key}'; the keys are {', '.join(beside)}"
 
 
 def _one_line(error: Exception, said: str = "") -> str:

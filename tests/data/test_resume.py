@@ -190,7 +190,7 @@ def without_and_with_a_pause(rank, *arguments):
     return read_on_rank(rank, *before, n), read_on_rank(rank, *before, pause, n - pause)
 
 
-def test_ranks_go_on_with_the_epoch_of_one_and_one_with_theirs(two_ranks, tmp_path):
+def test_ranks_go_on_with_the_epoch_of_one_and_one_with_theirs(two_ranks, tmp_path, caplog):
     """1 -> 2 -> 1 ranks within an epoch, the single one with two workers."""
     colours = [(20 * s, 16 * i, 99) for s in range(12) for i in range(13)]
     for s in range(12):
@@ -206,6 +206,7 @@ def test_ranks_go_on_with_the_epoch_of_one_and_one_with_theirs(two_ranks, tmp_pa
     assert [read for read, _ in ranks] == [read for read, _ in paused]
     assert ranks[0][1] == ranks[1][1] and ranks[0][1]["cursors"] == paused[0][1]["cursors"]
     last, state = read_on_rank(0, data, 2, ranks[0][1], 90)
+    assert "the batches of 2 ranks when the run was saved, and has those of 1 now" in caplog.text
     counts = Counter(one + ranks[0][0] + ranks[1][0] + last)
     assert min(counts[0, colour] for colour in colours if colour[1]) == 1
     assert sum(n - 1 for n in counts.values()) <= (4 - 1) * (2 + 2)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,7 +205,12 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, spoiled_at):
 
 
 def test_every_kth_checkpoint_stays(tmp_path):
+    train(Line(), Counting(), 8, 0, replace(LOOP, save_every=2, keep=1, keep_every=8), tmp_path, "t")
+    copies = [tmp_path / "checkpoints" / name for name in ("step_0000006.bak", "step_best")]
+    for copy in copies:  # a user's own
+        shutil.copytree(tmp_path / "checkpoints/step_0000008", copy)
     train(Line(), Counting(), 20, 0, replace(LOOP, save_every=2, keep=1, keep_every=8), tmp_path, "t")
+    assert all(copy.is_dir() for copy in copies)
     names = [path.name for path in checkpoint.complete(tmp_path / "checkpoints")]
     assert names == ["step_0000008", "step_0000016", "step_0000020"]
 

@@ -218,7 +218,7 @@ def test_a_run_that_never_began_does_not_stand_in_the_way(tiny, tmp_path):
 
 
 def test_dry_run_prints_the_resolved_configuration_and_writes_nothing(tmp_path, capsys):
-    main(["pretrain", "base_clip_ae", f"out={tmp_path / 'x'}", "batch.clip=64", "--dry-run"])
+    main(["pretrain", "base_clip_ae", f"out={tmp_path / 'x'}", "--dry-run", "batch.clip=64"])
     printed = capsys.readouterr().out
     assert "embed_dim: 768" in printed and "clip: 64" in printed and "ssl: 0.0" in printed
     assert not (tmp_path / "x").exists()

@@ -195,6 +195,13 @@ class Loader:
                 else f"{' and '.join(self._names)} has other files or annotations than when the position was saved; "
                 "by resume=anyway it is begun at its first epoch"
             )
+        if (ranks := len(state["cursors"]) // state["workers"]) != dist.world_size() and dist.is_main():
+            log.warning(
+                "a step had the batches of %d ranks when the run was saved, and has those of %d now: to keep their "
+                "sum, change batch.* (sizes a rank), with resume=anyway",
+                ranks,
+                dist.world_size(),
+            )
         self.close()
         self._reports = {}
         self._reset_window()

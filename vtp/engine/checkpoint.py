@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ from vtp.engine.logging import say
 from vtp.files import file_sha256
 
 PROGRESS, MANIFEST = "progress.json", "manifest.json"
+_NAME = re.compile(r"step_\d{7,}")
 
 
 class CheckpointError(RuntimeError):
@@ -113,7 +115,7 @@ class Checkpoints:
 
 def complete(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = (path for path in folder.glob("step_*") if (path / MANIFEST).is_file())
+    found = (p for p in folder.glob("step_*") if _NAME.fullmatch(p.name) and (p / MANIFEST).is_file())  # no copies
     return sorted(found, key=lambda path: (len(path.name), path.name))  # names have 7 digits or more
 
 

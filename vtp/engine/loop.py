@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, runtime_checkable
@@ -23,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from vtp import config, dist
 from vtp.config import ConfigError, within
 from vtp.engine import checkpoint
-from vtp.engine.logging import MetricsLog, environment, progress_bar, say
+from vtp.engine.logging import MetricsLog, console, environment, progress_bar, say
 from vtp.engine.speed import peak_memory
 from vtp.files import write_text
 
@@ -163,7 +164,7 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
     """
     folder = out / "checkpoints"
     checkpoints = checkpoint.Checkpoints(folder, loop.keep, loop.keep_every)
-    done, seconds, skipped, in_a_row = 0, 0.0, 0, 0
+    done, images, seconds, skipped, in_a_row = 0, 0, 0.0, 0, 0
     found = checkpoint.newest(folder)
     if found is not None:
         progress = checkpoint.load(found, learner.tensors())
@@ -172,7 +173,7 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
         if dist.is_main() and (out / NEW_CONFIG).is_file():
             (out / NEW_CONFIG).replace(out / CONFIG)
         batches.load_state_dict(progress["batches"])
-        done, seconds, skipped = progress["step"], progress["seconds"], progress["skipped"]
+        done, images, seconds, skipped = (progress[name] for name in ("step", "images", "seconds", "skipped"))
         say(f"resumed {found}")
     log = MetricsLog(out, done, loop.tensorboard, loop.wandb)
     window: list[Mapping[str, Tensor | float]] = []
@@ -183,8 +184,11 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
     def clock() -> float:
         return seconds + time.perf_counter() - started
 
+    def images_of(step: int) -> int:
+        return images + (step - done) * learner.images_per_step
+
     def save(step: int) -> None:
-        progress = {"batches": batches.state_dict(), "seconds": clock(), "skipped": skipped}
+        progress = {"batches": batches.state_dict(), "seconds": clock(), "skipped": skipped, "images": images_of(step)}
         tensors = learner.tensors()
         if bad := _not_finite(tensors):
             raise _stopped(bad, f"after step {step}", checkpoints)
@@ -204,14 +208,18 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
         if "ideal_seconds" in values:
             values["utilisation"] = values.pop("ideal_seconds") * len(finite) / lasted
         values["skipped"] = skipped
-        values["images"] = reading.step * learner.images_per_step
+        values["images"] = images_of(reading.step)
         values["images_per_second"] = len(finite) * learner.images_per_step / lasted
         values["data_wait"] = waited / lasted
         values["memory_gb"] = peak_memory()
         values["seconds"] = clock()
         log.write(reading.step, values)
         waited, window_started = 0.0, now
-        bar.update(task, status=f"loss {values['total']:.3f}  {values['images_per_second']:.0f} images/s")
+        status = f"loss {values['total']:.3f}  {values['images_per_second']:.0f} images/s"
+        bar.update(task, status=status)
+        if not console.is_terminal:  # a file, in which there are no bars
+            left = timedelta(seconds=round((steps - reading.step) * lasted / len(finite)))
+            say(f"{title}  step {reading.step} of {steps}  {status}  {left} left")
         return finite[-1]
 
     stream = iter(batches)

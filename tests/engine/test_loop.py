@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -104,6 +105,23 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path
     last = science(tmp_path / "parts")[-1]
     assert last == science(tmp_path / "straight")[-1]
     assert last["step"] == 20 and last["images"] == 60
+
+
+def test_images_are_counted_over_a_change_of_their_number(tmp_path):
+    loop = replace(LOOP, log_every=5)
+    train(Line(), Counting(), 10, 0, loop, tmp_path, "t")
+    more = Line()
+    more.images_per_step *= 2
+    train(more, Counting(), 20, 0, loop, tmp_path, "t")
+    each = Line.images_per_step
+    assert [line["images"] for line in lines(tmp_path)[-2:]] == [10 * each + 5 * 2 * each, 10 * each + 10 * 2 * each]
+
+
+def test_a_run_without_a_terminal_says_its_steps(tmp_path, capsys):
+    train(Line(), Counting(), 20, 0, replace(LOOP, log_every=5), tmp_path, "a run")
+    said = [line for line in capsys.readouterr().err.splitlines() if " step " in line]
+    assert [line.split("  ")[:2] for line in said] == [["a run", f"step {i} of 20"] for i in range(5, 21, 5)]
+    assert all(re.fullmatch(r"loss [\d.]+  \d+ images/s  \d:\d\d:\d\d left", line.split("  ", 2)[2]) for line in said)
 
 
 def test_a_run_is_not_taken_back(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -140,6 +141,40 @@ def test_a_killed_pack_goes_on_and_ends_the_same(tmp_path):
     assert file_sha256(out / "00003.tar") == sums(out)[3][0]
     with pytest.raises(ConfigError, match="shards of another pack"):
         pack(str(shards), out, shard_size=8)
+
+
+def test_labels_that_some_pictures_lack_and_one_of_the_name_none(tmp_path):
+    styles = ("None", "gothic", None)
+    (tmp_path / "in").mkdir()
+    rows = [{"file_name": f"{i}.jpg"} | ({"style": style} if style else {}) for i, style in enumerate(styles)]
+    (tmp_path / "in/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for i in range(3):
+        (tmp_path / f"in/{i}.jpg").write_bytes(picture(i))
+    pack(str(tmp_path / "in"), tmp_path / "out")
+    source = open_source(str(tmp_path / "out"))
+    found = {raw.image: [source.classes["style"][n] for n in raw.labels.values()] for raw in everything(source)}
+    assert found == {picture(0): ["None"], picture(1): ["gothic"], picture(2): []}
+
+
+@pytest.mark.parametrize("wrong", ["caption", "folder"])
+def test_words_that_are_no_text_are_mended(tmp_path, wrong):
+    """Half a character, as JSON may hold it; a name in the letters of another system."""
+    folder = tmp_path / "in" / (os.fsdecode(b"caf\xe9") if wrong == "folder" else "cafe")
+    folder.mkdir(parents=True)
+    (folder / "a.jpg").write_bytes(picture(0))
+    (folder / "a.json").write_text('{"caption": "half \\ud83d of it, whole \\ud83d\\ude00"}')
+    pack(str(tmp_path / "in"), tmp_path / "out")
+    [raw] = everything(open_source(str(tmp_path / "out")))
+    assert raw.captions == ("half ? of it, whole \U0001f600",)
+    cli.main(["data", "inspect", str(tmp_path / "in"), "--out", str(tmp_path / "seen")])
+    assert "of it" in (tmp_path / "seen/inspect.html").read_text(encoding="utf-8")
+
+
+def test_shards_behind_the_limit_are_not_looked_at(tmp_path):
+    write_tar(tmp_path / "0.tar", [(f"{i}.jpg", picture(i)) for i in range(4)])
+    (tmp_path / "1.tar").write_bytes(b"no shard")
+    assert pack(str(tmp_path), tmp_path / "few", limit=3)["left_out"] == {}
+    assert pack(str(tmp_path), tmp_path / "all")["left_out"] == {"broken shard": 1}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 100])

@@ -83,18 +83,18 @@ def test_classes_far_away_are_those_that_a_file_beside_the_shards_names(classed,
         open_source(url)
 
 
-@pytest.mark.parametrize("answer", ["500", "page"])
+@pytest.mark.parametrize("answer", ["500", "page", "Not Found", "null"])
 def test_what_a_server_says_of_classes_that_nothing_asks_for_is_no_error(folder, server, answer, caplog):
     """Pictures with captions, and where no classes.json is, a page that says so, or an error of the server's own."""
-    about = json.dumps({"captions": ["a hill"]}).encode() if answer == "page" else b'{"caption": "a hill"}'
+    about = json.dumps({"captions": ["a hill"]}).encode() if answer != "500" else b'{"caption": "a hill"}'
     write_tar(folder / "0.tar", [("0.jpg", picture(0)), ("0.json", about)])
     for name in ("classes.json", "labels.json"):
-        (folder / name).write_text("\n<html>not here</html>")
+        (folder / name).write_text("\n<html>not here</html>" if answer == "page" else answer)
     server.faults["/classes.json"] = {"always": ("status", 500)} if answer == "500" else {}
     source = open_source(f"{server.url}/0.tar")
     assert source.classes == {} and [raw.captions for raw in everything(source)] == [("a hill",)]
-    assert ("taken for none" in caplog.text) == (answer == "500")
-    assert server.asked["/labels.json"] == (answer == "page")
+    assert ("taken for none" in caplog.text) == (answer != "page")
+    assert server.asked["/labels.json"] == (answer != "500")
     (folder / "classes.json").write_text(json.dumps([{"wnid": "owl", "names": ["owl"]}]))
     server.faults["/classes.json"] = {server.asked["/classes.json"] + 1: ("status", 503)}  # asked again
     assert open_source(f"{server.url}/0.tar").classes == {"class": ("owl",)}

@@ -475,6 +475,31 @@ def test_a_mixture_reads_as_its_parts(tmp_path):
             open_source(wrong)
 
 
+def test_pictures_behind_links_are_read_and_not_the_archive_that_held_them(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "a.jpg").write_bytes(picture(0))
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "cat").symlink_to(tmp_path / "there")
+    (data / "photos.tar.gz").write_bytes(gzip.compress(write_tar(tmp_path / "0.tar", []).read_bytes()))
+    assert [raw.key for raw in everything(open_source(str(data)))] == ["cat/a.jpg"]
+
+
+@pytest.mark.parametrize("name", ["3", "", " ", "7" * 5_000])
+def test_names_of_classes_that_are_none(tmp_path, name):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "0.jpg").write_bytes(picture(0))
+    listed = [{"wnid": "a", "names": [int(name) if name == "3" else name]}, {"wnid": "b", "names": ["bee"]}]
+    (tmp_path / "classes.json").write_text(json.dumps(listed))
+    source = open_source(str(tmp_path))
+    assert source.classes == {"class": (name, "bee")}
+    assert [raw.captions[:1] for raw in everything(source)] == [(), ("a photo of a bee",)]
+    rows = [{"file_name": f"{folder}/0.jpg", "class": name} for folder in "ab"]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert open_source(str(tmp_path)).classes == {"class": (name,)}
+
+
 def test_one_text_among_many_pictures_of_a_shard_is_said_to_end_classes(tmp_path, caplog):
     members = [(f"{c}/{i}.jpg", picture(i)) for c in "ab" for i in range(3)]
     assert open_source(str(write_tar(tmp_path / "a.tar", members))).classes == {"class": ("a", "b")}
@@ -493,7 +518,9 @@ def test_which_files_of_a_folder_are_shards(tmp_path):
     (tmp_path / "one" / "0.tar.gz").unlink()
     tar.rename(tmp_path / "0.tar")
     (tmp_path / "one" / ".cache").mkdir()
+    (tmp_path / "one" / ".cache" / "a.jpg").write_bytes(picture(0))
     (tmp_path / "one" / "logs").mkdir()
+    (tmp_path / "one" / "2.tar").mkdir()
     (tmp_path / "one" / "1.tar.md5").write_text("0")
     assert open_source(str(tmp_path / "one")).shards == [str(tmp_path / "one" / "1.tar.gz")]
 

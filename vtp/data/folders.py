@@ -12,6 +12,7 @@ from pathlib import Path
 from vtp.config import ConfigError
 from vtp.data import shards
 from vtp.data.samples import (
+    CLASSES,
     IMAGE_SUFFIXES,
     Alone,
     Folders,
@@ -19,6 +20,7 @@ from vtp.data.samples import (
     Table,
     assemble,
     captions_beside,
+    class_names,
     classes_of,
     templates_of,
 )
@@ -38,7 +40,7 @@ class FolderSource(Alone):
 
     def __post_init__(self) -> None:
         root = Path(self.name).expanduser()
-        metadata, named = root / "metadata.jsonl", root / "classes.json"
+        metadata, named = root / "metadata.jsonl", root / CLASSES
         # A metadata file says which files belong to the set; one that is missing is then a broken sample.
         self.metadata = Table.load(metadata, ("file_name",)) if metadata.is_file() else None
         found, texts = _walk(root) if self.metadata is None else (self.metadata.labels, set())
@@ -57,7 +59,7 @@ class FolderSource(Alone):
         # The captions of img2dataset's "files" and of many others: KEY.txt or KEY.json beside KEY.jpg.
         written = sum(os.path.splitext(f)[0] in texts for f in self.files)
         self._written = written > 0 or self.metadata is not None  # or may have
-        names = named.read_bytes() if named.is_file() else None
+        names = class_names(named.read_bytes(), str(named)) if named.is_file() else None
         folders = folders if len(folders) > 1 else []  # a single one is a place
         if folders and names is None and 0 < written < len(self.files) / 2:
             log.warning(
@@ -98,7 +100,7 @@ class FolderSource(Alone):
 
 def holds_pictures(root: Path) -> bool:
     """Whether there is a picture in a folder or below."""
-    return any(Path(name).suffix.lower()[1:] in IMAGE_SUFFIXES for _, _, files in os.walk(root) for name in files)
+    return bool(_walk(root)[0])
 
 
 def _walk(root: Path) -> tuple[list[str], set[str]]:

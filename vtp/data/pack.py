@@ -22,7 +22,7 @@ from PIL import Image
 
 from vtp.config import ConfigError
 from vtp.data.decode import BadImage, image_format
-from vtp.data.samples import Raw, Source, kept, left_out
+from vtp.data.samples import CLASSES, Raw, Source, kept, left_out
 from vtp.data.sources import fingerprint, open_source, shares
 from vtp.data.tars import LABELS
 from vtp.files import file_sha256
@@ -118,7 +118,7 @@ def pack(
     _write(out / SUMS, "".join(f"{report['sha256']}  {i:05d}.tar\n" for i, report in enumerate(reports)))
     if "class" in source.classes:
         listed = [{"wnid": str(i), "names": [name]} for i, name in enumerate(source.classes["class"])]
-        _write(out / "classes.json", json.dumps(listed, indent=1))
+        _write(out / CLASSES, json.dumps(listed, indent=1))
     others = {label: names for label, names in source.classes.items() if label != "class"}
     if others:
         _write(out / LABELS, json.dumps(others, indent=1, ensure_ascii=False))
@@ -170,6 +170,8 @@ def _chosen(source: Source, limit: int | None, counts: dict[int, int]) -> tuple[
             for i in range(begun, end):
                 several.append((i, min(counts[i], left)))
                 left -= several[-1][1]
+                if left == 0 and share is not None:  # what lies behind the limit is not looked at
+                    break
         begun = end
     return rng.permutation(np.concatenate(single)), several
 
@@ -236,7 +238,7 @@ def _fill(partial: Path, source: Source, samples: Iterator[tuple[int, Raw]]) -> 
                 continue
             about: dict[str, Any] = {"key": raw.key, "captions": raw.captions}
             about |= {label: source.classes[label][n] for label, n in raw.labels.items() if label in source.classes}
-            members = {suffix: picture, "json": json.dumps(about, ensure_ascii=False).encode()}
+            members = {suffix: picture, "json": json.dumps(about, ensure_ascii=False).encode(errors="replace")}
             if "class" in raw.labels and "class" in source.classes:
                 members["cls"] = str(raw.labels["class"]).encode()
             for ending, content in members.items():

@@ -20,6 +20,7 @@ from vtp.data.decode import BadImage, decode
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTION_COLUMNS = ("text", "caption", "captions")
 KEY_COLUMNS = ("key", "file_name")
+CLASSES = "classes.json"  # beside folders or shards: [{"wnid": folder, "names": [...]}, ...]
 # What a class is called in a caption or a zero-shot prompt where the data does not say it.
 CLASS_TEMPLATES = ("a photo of a {}", "a picture of a {}", "a photo of the {}", "a close-up of a {}", "a {}")
 # Columns of annotations are named in captions in many ways; the bare name is the one they share.
@@ -200,7 +201,7 @@ _NUMBER = re.compile(r"-?\d+")
 
 
 def _in_order(name: str) -> tuple[bool, int, str]:
-    return not is_number(name), int(name) if is_number(name) else 0, name
+    return not is_number(name), int(name) if is_number(name) and len(name) < 20 else 0, name
 
 
 def is_number(name: str) -> bool:
@@ -218,6 +219,18 @@ def classes_of(table: Table | None) -> dict[str, tuple[str, ...]]:
     return {} if table is None else table.classes
 
 
+def class_names(text: bytes, file: str) -> dict[str, str]:
+    """What a classes.json says: the name of each class, by its folder, in their order.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        return {row["wnid"]: str(row["names"][0]) for row in json.loads(text)}
+    except (ValueError, RecursionError, KeyError, TypeError, IndexError) as error:
+        raise ConfigError(f'{file} is not a list of {{"wnid": ..., "names": [...]}} ({error!r})') from None
+
+
 @dataclass(frozen=True)
 class Folders:
     """Class folders in the order of their labels."""
@@ -226,22 +239,16 @@ class Folders:
     classes: dict[str, tuple[str, ...]]  # {"class": names}, or nothing where there are no classes
 
     @classmethod
-    def named(cls, folders: Sequence[str], names: bytes | None, file: str) -> Folders:
-        """Number the folders, in sorted order or as classes.json (`names`, of `file`) lists and names them.
+    def named(cls, folders: Sequence[str], names: dict[str, str] | None, file: str) -> Folders:
+        """Number the folders, in sorted order or as a classes.json (`names`, of `file`) lists and names them.
 
         Raises:
-            ConfigError: classes.json is none, or does not name a folder.
+            ConfigError: classes.json does not name a folder.
         """
-        display = dict(zip(folders, spaced(folders), strict=True))
-        if names is not None:
-            try:
-                listed = {row["wnid"]: row["names"][0] for row in json.loads(names)}
-            except (ValueError, RecursionError, KeyError, TypeError, IndexError) as error:
-                raise ConfigError(f'{file} is not a list of {{"wnid": ..., "names": [...]}} ({error!r})') from None
-            unknown = [f for f in folders if f not in listed]
-            if unknown:
-                raise ConfigError(f"{file} does not name the class {unknown[0]}; add it or remove the file")
-            display = listed
+        unknown = [f for f in folders if f not in names] if names is not None else []
+        if unknown:
+            raise ConfigError(f"{file} does not name the class {unknown[0]}; add it or remove the file")
+        display = dict(zip(folders, spaced(folders), strict=True)) if names is None else names
         return cls({f: i for i, f in enumerate(display)}, {"class": tuple(display.values())} if display else {})
 
 
@@ -287,9 +294,9 @@ def assemble(
 
 
 def _called(labels: Mapping[str, int], classes: Mapping[str, Sequence[str]]) -> str | None:
-    """The name of the class, unless it is a number."""
-    name = classes["class"][labels["class"]] if "class" in labels and "class" in classes else None
-    return None if name is None or is_number(name) else name
+    """The name of the class, unless it is a number or blank."""
+    name = classes["class"][labels["class"]] if "class" in labels and "class" in classes else ""
+    return None if not name.strip() or is_number(name) else name
 
 
 def captions_beside(
@@ -307,7 +314,7 @@ def captions_in(row: Mapping[str, Any]) -> tuple[str, ...]:
         value = row.get(column)
         texts = value if isinstance(value, list) else [value]
         if found := tuple(t.strip() for t in texts if isinstance(t, str) and t.strip()):
-            return found
+            return tuple(t.encode(errors="replace").decode() for t in found)  # halves of characters, as JSON may hold
     return ()
 
 

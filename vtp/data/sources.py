@@ -79,7 +79,11 @@ def _open(data: str, annotations: str | None) -> Source:
     path = Path(data).expanduser()
     if not shards.REMOTE.match(data) and path.is_dir():
         inside = [p for p in path.iterdir() if not p.name.startswith(".")]
-        tars = {shards.TAR.sub("", p.name): p for p in sorted(inside, reverse=True) if shards.TAR.search(p.name)}
+        tars = {
+            shards.TAR.sub("", p.name): p
+            for p in sorted(inside, reverse=True)
+            if shards.TAR.search(p.name) and p.is_file()
+        }
         # One of 0.tar and 0.tar.gz, which are the same; and packed ones beside pictures are what held them.
         if any(p.suffix == ".tar" for p in tars.values()) or (tars and not holds_pictures(path)):
             return TarSource(data, sorted(map(str, tars.values())), table)

@@ -6,14 +6,15 @@ import json
 import logging
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from vtp.config import ConfigError
 from vtp.data import shards
 from vtp.data.samples import (
+    CLASSES,
     IMAGE_SUFFIXES,
     Alone,
     Folders,
@@ -21,6 +22,7 @@ from vtp.data.samples import (
     Table,
     assemble,
     captions_beside,
+    class_names,
     classes_of,
     ended,
     row_of,
@@ -30,6 +32,7 @@ from vtp.data.samples import (
 
 LABELS = "labels.json"  # beside packed shards: {label: its class names}, for the labels in KEY.json
 LOOKED_AT = 100  # samples of near shards, of as many shards as there are, for what is beside their pictures
+T = TypeVar("T")
 MAX_CLASSES = 1_000_000  # a larger number in a KEY.cls is none
 _SUFFIXES = frozenset(IMAGE_SUFFIXES)
 _TEXTS = frozenset(("txt", "json"))
@@ -51,7 +54,8 @@ class TarSource(Alone):
         few = self._first_pictures(far)
         held = set[str]().union(*few)  # suffixes
         in_folders = any("/" in member["__key__"] for member in few)
-        names = self._names(expected=not far or "cls" in held or (in_folders and not _TEXTS & held))
+        expected = not far or "cls" in held or (in_folders and not _TEXTS & held)
+        names = self._beside(CLASSES, class_names, expected)
         scanned = names is None and not far
         folders: Iterable[str] = ()
         if scanned and in_folders and not {"txt", "json", "cls"} & held:
@@ -66,10 +70,10 @@ class TarSource(Alone):
             )
         folders = sorted(set(folders))
         folders = folders if len(folders) > 1 else []  # one folder is a place, not a class
-        self._folders = Folders.named(folders, names, f"classes.json beside {self.shards[0]}")
-        packed = any("captions" in row_of(member.get("json", b"{}"), Counter()) for member in few)  # or alike
-        listed = shards.beside(self.shards[0], LABELS) if packed else None
-        named = _labels(listed, f"{LABELS} beside {self.shards[0]}")
+        self._folders = Folders.named(folders, names, f"{CLASSES} beside {self.shards[0]}")
+        rows = [row for m in few if "captions" in (row := row_of(m.get("json", b"{}"), Counter()))]  # as packed ones
+        expected = not far or any(row.keys() - {"key", "captions"} for row in rows)
+        named = (self._beside(LABELS, _labels, expected) or {}) if rows else {}
         self._columns = {label: {name: i for i, name in enumerate(names)} for label, names in named.items()}
         own = named | self._folders.classes  # annotations may number the same labels otherwise
         words = list(self._folders.index) or own.get("class", ())  # that a KEY.cls may hold
@@ -103,14 +107,18 @@ class TarSource(Alone):
             )
         return few
 
-    def _names(self, expected: bool) -> bytes | None:
-        """The classes.json beside the shards; that a server fails when asked for an unexpected one is no error."""
+    def _beside(self, name: str, read: Callable[[bytes, str], T], expected: bool) -> T | None:
+        """What `read` makes of a file beside the shards, if there is one.
+
+        Whatever a server answers when it is asked for one that the first samples do not need is no error.
+        """
         try:
-            return shards.beside(self.shards[0], "classes.json")
+            text = shards.beside(self.shards[0], name)
+            return None if text is None else read(text, f"{name} beside {self.shards[0]}")
         except ConfigError as error:
             if expected:
                 raise
-            log.warning("%s; taken for none, as the first sample has no class", error)
+            log.warning("%s; taken for none, as nothing in the first sample needs it", error)
             return None
 
     def read(self, shard: str, size: int | None = None) -> Iterator[Raw]:
@@ -135,7 +143,8 @@ class TarSource(Alone):
             captions, row = captions_beside(
                 member.get("txt"), member.get("json"), self.report, whole=bool(self._columns)
             )
-            labels = {c: index[str(row[c])] for c, index in self._columns.items() if str(row.get(c)) in index}
+            words = {c: str(row[c]) for c in self._columns if row.get(c) is not None}
+            labels = {c: self._columns[c][word] for c, word in words.items() if word in self._columns[c]}
             unknown = False
             if word := member.get("cls", b"").decode("utf-8-sig", errors="replace").strip():
                 number = self._words.get(word, int(word) if word.isdecimal() and len(word) < 10 else self._numbers)
@@ -147,10 +156,8 @@ class TarSource(Alone):
             yield assemble(key, images[0], captions, labels, folder, self._folders, self.table, self.report, unknown)
 
 
-def _labels(listed: bytes | None, file: str) -> dict[str, tuple[str, ...]]:
+def _labels(listed: bytes, file: str) -> dict[str, tuple[str, ...]]:
     """The labels that KEY.json files hold besides the class, with their class names."""
-    if listed is None:
-        return {}
     try:
         return {label: tuple(map(str, names)) for label, names in json.loads(listed).items()}
     except (ValueError, RecursionError, AttributeError, TypeError) as error:

@@ -38,9 +38,10 @@ def write_inspection(data: str, annotations: str | None, limit: int | None, out:
         task = bar.add_task(data, total=total)
         summary, pictures = inspect(source, limit, lambda n: bar.update(task, completed=n))
         bar.update(task, completed=summary["samples"], total=summary["samples"])  # those left out on the way as well
-    (out / "inspect.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+    (out / "inspect.json").write_text(text, encoding="utf-8", errors="replace")  # names of files need not be UTF-8
     contact_sheet(pictures).save(out / "contact_sheet.png", optimize=True)
-    (out / "inspect.html").write_text(_page(summary, pictures), encoding="utf-8")
+    (out / "inspect.html").write_text(_page(summary, pictures), encoding="utf-8", errors="replace")
     return summary
 
 

@@ -114,15 +114,17 @@ def test_broken_files_are_skipped_and_counted(tokenizer, tmp_path, capsys):
     (tmp_path / "in/empty.jpg").write_bytes(b"")
     (tmp_path / "in/half.png").write_bytes((tmp_path / "in/good.png").read_bytes()[:300])
     (tmp_path / "in/page.webp").write_text("<html>")
+    (tmp_path / "in/link.png").symlink_to(tmp_path / "gone.png")
     (tmp_path / "in/notes.txt").write_text("no picture, and not called one")
+    reasons = ["empty file", "corrupt image", "unreadable", "not an image"]
     main(["reconstruct", str(tokenizer), str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--device", "cpu"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "1 pictures, 3 skipped" in shown
+    assert "1 pictures, 4 skipped" in shown
     result = json.loads((tmp_path / "out/reconstruct.json").read_text())
-    assert [s["reason"].partition(":")[0] for s in result["skipped"]] == ["empty file", "corrupt image", "not an image"]
-    assert result["protocol"]["skipped"] == 3
+    assert [s["reason"].partition(":")[0] for s in result["skipped"]] == reasons
+    assert result["protocol"]["skipped"] == 4
     (tmp_path / "in/good.png").unlink()
-    with pytest.raises(ConfigError, match="none of 3 files could be read: 1 empty file, 1 corrupt image, 1 not an"):
+    with pytest.raises(ConfigError, match="none of 4 files could be read: 1 empty file, 1 corrupt image, 1 unr"):
         reconstruct_files(tokenizer, [tmp_path / "in"], tmp_path / "out", cfg=CFG)
 
 

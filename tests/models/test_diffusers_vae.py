@@ -226,10 +226,14 @@ def test_opening_warns_of_nothing(folder, dtype, caplog, monkeypatch):
     assert vae.dtype == opened and caplog.messages == []
 
 
-def test_mistakes_are_named(folder, tmp_path):
+def test_mistakes_are_named(folder, tmp_path, monkeypatch):
     vae = AutoencoderVTP.from_vtp(folder)
     with pytest.raises(ValueError, match="18 x 16; both sides must be multiples of 4"):
         vae.encode(torch.zeros(1, 3, 18, 16))
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxtyping.config.jaxtyping_disable", True)  # which objects first here
+        with pytest.raises(ValueError, match=r"shape \[1, 1, 16, 16\]; give \[b, 3, H, W\], -1 to 1"):
+            vae.encode(torch.zeros(1, 1, 16, 16))
     with pytest.raises(ConfigError, match="no tokenizer in"):
         AutoencoderVTP.from_vtp(tmp_path)
     small(train_reconstruction=False).save_pretrained(tmp_path / "blind")

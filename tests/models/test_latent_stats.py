@@ -59,6 +59,6 @@ def test_mistakes_are_named(tmp_path):
     (tmp_path / "b.pt").write_bytes(b"nothing")
     with pytest.raises(ConfigError, match=r'b.pt is no published \{"mean", "std"\}'):
         read_stats(tmp_path / "b.pt")
-    for mean, std in (((0.0,), (1.0, 1.0)), ((float("nan"),), (1.0,))):
+    for mean, std in (((0.0,), (1.0, 1.0)), ((float("nan"),), (1.0,)), ((0.0,), (-1.0,))):
         with pytest.raises(ConfigError, match="one finite number of each"):
             ChannelStats(mean=mean, std=std, count=None, size=None, data=None, tokenizer_sha256=None)

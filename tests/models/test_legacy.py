@@ -45,7 +45,8 @@ def test_student(source, config, shared, tmp_path, capsys):
 
 def test_teacher(state, config, tmp_path):
     state = {name: t + 1 if name.startswith("teacher_") and "periods" not in name else t for name, t in state.items()}
-    torch.save({"state_dict": {f"module.{name}": t for name, t in state.items()}, "epoch": 3}, tmp_path / "run.pt")
+    wrapped = {f"module._orig_mod.{name.replace('blocks.0.', 'blocks.0._orig_mod.')}": t for name, t in state.items()}
+    torch.save({"state_dict": wrapped, "epoch": 3}, tmp_path / "run.pt")
     main(["convert", str(tmp_path / "run.pt"), "--config", str(config), "--out", str(tmp_path), "--weights", "teacher"])
     for name, value in VTPModel.from_pretrained(tmp_path).state_dict().items():
         averaged = name.startswith(("trunk.", "visual_proj."))
@@ -63,6 +64,7 @@ def test_names_there_and_back(state, config):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda s: s["proj.weight"][0].fill_(float("nan")), "'proj.weight' holds NaN or infinities; take an earlier"),
         (lambda s: s.pop("proj.weight"), r"'proj.weight' is missing, which the network of .*\.yaml has"),
         (lambda s: s.update(extra=torch.ones(1)), "'extra' is no part of the network of"),
         (

@@ -188,16 +188,35 @@ def test_decoded_pixels_are_shuffled_as_published():
     torch.testing.assert_close(image, nn.functional.pixel_shuffle(seen[0].mT.unflatten(2, (2, 3)), 4))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("train_clip", "no", "true or false"),
+        ("vision_use_qk_norm", 1, "true or false"),
+        ("text_ls_init_value", "x", "a number or null"),
+        ("init_logit_bias", True, "a number or null"),
+    ],
+)
+def test_values_of_another_kind_are_named(key, value, wanted, monkeypatch):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # which objects first here
+    with pytest.raises(ValueError, match=f"{key}={value!r} must be {wanted}"):
+        VTPModel(VTPConfig(**{key: value}))
+
+
 @pytest.mark.parametrize("pool", ["argmax", "first"])
-def test_text_cut_after_its_end_has_the_same_feature(pool):
+def test_text_cut_after_its_end_has_the_same_feature(pool, monkeypatch):
     model = small(text_pool_type=pool)
     text = torch.tensor([[40, 5, 6, 49, 0, 0, 0, 0], [40, 9, 49, 0, 0, 0, 0, 0]])
     whole = model.get_clip_text_feature(text)
     for length in (4, 6):
         torch.testing.assert_close(model.get_clip_text_feature(text[:, :length]), whole)
     torch.testing.assert_close(model.train().get_clip_text_feature(text[:, :4]), whole)
-    with pytest.raises(ValueError, match=r"text of shape \[1, 9\]: give token ids \[texts, tokens\], 1 to 8 tokens"):
+    with pytest.raises(ValueError, match=r"text of shape \[1, 9\], torch.int64: give token ids .*, 1 to 8 tokens"):
         model.get_clip_text_feature(torch.zeros(1, 9, dtype=torch.long))
+    for wrong, said in (("a dog", "type str"), (["a dog"], "type list"), (torch.zeros(1, 4), "shape .*torch.float32")):
+        monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # which objects first here
+        with pytest.raises(ValueError, match=f"text of {said}: give token ids"):
+            model.get_clip_text_feature(wrong)
 
 
 def test_every_text_setting():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 FFN_LAYERS = ("mlp", "swiglu", "swiglu32", "swiglu64", "swiglu128")
@@ -29,6 +29,7 @@ class ViTConfig:
     clip_feat: str = "cls"  # cls | pooled (mean of the patch tokens)
 
     def __post_init__(self) -> None:
+        _check_kinds(self, "vision_")
         channels = {} if self.feature_bottleneck is None else {"vision_feature_bottleneck": self.feature_bottleneck}
         _check_whole(vision_patch_size=self.patch_size, vision_depth=self.depth, **channels)
         _check_width("vision", self.embed_dim, self.num_heads, multiple=4)
@@ -69,6 +70,7 @@ class TextConfig:
     quick_gelu: bool = False  # x * sigmoid(1.702 x) instead of the exact GELU
 
     def __post_init__(self) -> None:
+        _check_kinds(self, "text_")
         _check_whole(text_context_length=self.context_length, text_vocab_size=self.vocab_size, text_depth=self.depth)
         _check_width("text", self.embed_dim, self.num_heads, multiple=1)
         _check_ratio("text_mlp_ratio", self.mlp_ratio)
@@ -91,6 +93,7 @@ class DecoderConfig:
     use_qk_norm: bool = False
 
     def __post_init__(self) -> None:
+        _check_kinds(self, "decoder_")
         _check_whole(decoder_depth=self.depth)
         _check_width("decoder", self.embed_dim, self.num_heads, multiple=4)
         _check_name("decoder_ffn_layer", self.ffn_layer, FFN_LAYERS)
@@ -113,8 +116,19 @@ class ModelConfig:
     rope_dtype: str = "bf16"  # bf16: rotations as published | fp32: exact ones, for other weights than the official
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         _check_whole(image_size=self.image_size)
         _check_name("rope_dtype", self.rope_dtype, ROPE_DTYPES)
+
+
+def _check_kinds(config: Any, prefix: str = "") -> None:
+    """Switches are booleans, and initial values numbers or null."""
+    for each in fields(config):
+        value, number = getattr(config, each.name), str(each.type) == "float | None"
+        if each.type == "bool" and not isinstance(value, bool):
+            raise ValueError(f"{prefix}{each.name}={value!r} must be true or false")
+        if number and value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"{prefix}{each.name}={value!r} must be a number or null")
 
 
 def _check_whole(**values: Any) -> None:

@@ -115,7 +115,7 @@ class AutoencoderVTP(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore
         The posterior has no noise: sample() is mode().
 
         Raises:
-            ValueError: sides that are not multiples of the patch size.
+            ValueError: another shape, or sides that are not multiples of the patch size.
         """
         latents = torch.cat([self._latents(part) for part in self._slices(x)])
         parameters = torch.cat([latents, torch.zeros_like(latents)], dim=1)
@@ -144,6 +144,8 @@ class AutoencoderVTP(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore
 
     def _latents(self, x: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
         patch = self.vtp.vision.patch_size
+        if x.ndim != 4 or x.shape[1] != 3:
+            raise ValueError(f"images of shape {list(x.shape)}; give [b, 3, H, W], -1 to 1")
         if x.shape[-2] % patch or x.shape[-1] % patch:
             raise ValueError(f"images of {x.shape[-2]} x {x.shape[-1]}; both sides must be multiples of {patch}")
         return self.vtp.get_reconstruction_latents(from_symmetric(x))

@@ -22,7 +22,8 @@ class ChannelStats:
     """Mean and standard deviation of every latent channel, and what they were taken over.
 
     Raises:
-        ConfigError: means and deviations of different numbers of channels, or a number that is not finite.
+        ConfigError: means and deviations of different numbers of channels, a number that is not finite, or a deviation
+            below 0.
     """
 
     mean: tuple[float, ...]  # per channel, over all latents and positions
@@ -33,10 +34,11 @@ class ChannelStats:
     tokenizer_sha256: str | None  # of the model.safetensors that made the latents
 
     def __post_init__(self) -> None:
-        if len(self.mean) != len(self.std) or not all(map(math.isfinite, (*self.mean, *self.std))):
+        finite = all(map(math.isfinite, (*self.mean, *self.std)))
+        if len(self.mean) != len(self.std) or not finite or min(self.std, default=0.0) < 0:
             raise ConfigError(
                 f"latent statistics with {len(self.mean)} means and {len(self.std)} standard deviations; "
-                "there must be one finite number of each for every channel"
+                "there must be one finite number of each for every channel, deviations not below 0"
             )
 
     def normalise(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -78,7 +80,10 @@ def read_stats(file: Path) -> ChannelStats:
         mean, std = (tuple(map(float, values.pop(name))) for name in ("mean", "std"))
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{file} does not describe latents: {error}") from None
-    return ChannelStats(mean=mean, std=std, **values)
+    try:
+        return ChannelStats(mean=mean, std=std, **values)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
 
 
 def write_stats(folder: Path, stats: ChannelStats) -> None:
@@ -92,5 +97,6 @@ def _published(file: Path) -> dict[str, Any]:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         found = {name: saved[name].flatten().tolist() for name in ("mean", "std")}
     except Exception as error:  # torch has no one class for a file that it cannot read
-        raise ConfigError(f'{file} is no published {{"mean", "std"}}: {type(error).__name__}') from None
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f'{file} is no published {{"mean", "std"}} ({type(error).__name__}: {reason})') from None
     return dict.fromkeys(field.name for field in fields(ChannelStats)) | found

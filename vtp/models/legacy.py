@@ -15,6 +15,7 @@ from torch import Tensor
 from vtp.config import ConfigError
 from vtp.models.vtp_hf import VTPConfig, VTPModel, from_legacy_state, legacy_name, publish, yaml_names
 
+_INSIDE = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")  # what wraps modules names
 WRAPPERS = ("state_dict", "model", "module")  # keys under which training programs keep the weights
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 # What the training class also reads from the three sections, and the values that build the published network.
@@ -32,7 +33,7 @@ def convert(source: Path, config: Path, out: Path, weights: Literal["student", "
         weights: whose trunk and projection; the decoder and the text tower have no teacher.
 
     Raises:
-        ConfigError: file, key and reason, where anything is missing, unknown, or of another shape.
+        ConfigError: file, key and reason, where anything is missing, unknown, of another shape, or not finite.
     """
     if (out / "model.safetensors").exists():
         raise ConfigError(f"{out} already holds a tokenizer; give another folder")
@@ -50,6 +51,8 @@ def convert(source: Path, config: Path, out: Path, weights: Literal["student", "
         ours, theirs = expected[name], state[name]
         if theirs.shape != ours.shape:
             raise ConfigError(f"{where} is {list(theirs.shape)}, in the network of {config} {list(ours.shape)}")
+        if not theirs.isfinite().all():
+            raise ConfigError(f"{where} holds NaN or infinities; take an earlier checkpoint")
         if name.endswith("rope_embed.periods") and not torch.equal(theirs.to(ours.dtype), ours):
             raise ConfigError(f"{where} is not what the published networks rotate by; such weights cannot be converted")
     model.load_state_dict(state)
@@ -103,5 +106,6 @@ def _read(source: Path) -> dict[str, Tensor]:
             raise ConfigError(
                 f"{source}: '{name}' is a {type(value).__name__}, not a tensor; save the state_dict alone"
             )
-    wrapped = all(name.startswith("module.") for name in tree)  # by DistributedDataParallel
-    return {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in tree.items()}
+    named = {_INSIDE.sub("", name): tensor for name, tensor in tree.items()}
+    wrapped = all(name.startswith("module.") for name in named)  # by DistributedDataParallel
+    return {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in named.items()}

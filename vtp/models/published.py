@@ -7,6 +7,7 @@ for, and passed over where it merely lies there.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import shutil
@@ -27,6 +28,7 @@ from vtp.models.latent_stats import LATENT_STATS, ChannelStats, read_stats, writ
 if TYPE_CHECKING:
     from vtp.models.vtp_hf import VTPConfig, VTPModel
 
+log = logging.getLogger(__name__)
 WEIGHTS, RESULTS, CARD = "model.safetensors", "eval", "README.md"
 
 
@@ -185,6 +187,8 @@ def write_card(
     results = [_result(file, sha256) for file in sorted(folder.glob(f"{RESULTS}/*.json"))]
     stats = folder / LATENT_STATS
     saved = json.loads(stats.read_text()) if stats.is_file() else {}
+    if saved and saved.get("tokenizer_sha256") != sha256:
+        log.warning("%s is of other weights than %s: left out of the card", stats, folder / WEIGHTS)
     text = model_card(
         folder.as_posix() if name is None else name,
         read_config(folder).to_dict(),  # the published default of a key that the file leaves out

@@ -281,10 +281,13 @@ class VTPModel(PreTrainedModel):
         """The text features, in their order, of texts in groups of one length each (padding included)."""
         self._require("train_clip")
         for text in texts:
-            if text.ndim != 2 or not 1 <= text.shape[1] <= self.text.context_length:
+            is_ids = isinstance(text, Tensor) and text.ndim == 2 and not text.is_floating_point()
+            if not is_ids or not 1 <= text.shape[1] <= self.text.context_length:
+                known = isinstance(text, Tensor)
+                given = f"shape {list(text.shape)}, {text.dtype}" if known else f"type {type(text).__name__}"
                 raise ValueError(
-                    f"text of shape {list(text.shape)}: give token ids [texts, tokens], 1 to"
-                    f" {self.text.context_length} tokens each, as the tokenizer does"
+                    f"text of {given}: give token ids [texts, tokens], 1 to {self.text.context_length} tokens each, as "
+                    "the tokenizer does"
                 )
         # One look-up for all groups: each has a gradient as large as the whole embedding.
         tokens = self.token_embedding(torch.cat([text.flatten() for text in texts])).split([t.numel() for t in texts])

@@ -130,7 +130,7 @@ def test_figures_and_statistics_about_these_weights_only(run):
     assert write_card(run / "tokenizer").read_text() == text  # the licence stays
 
 
-def test_saving_again_takes_along_what_is_known_of_the_same_weights(run, tmp_path):
+def test_saving_again_takes_along_what_is_known_of_the_same_weights(run, tmp_path, caplog):
     add_evidence(run / "tokenizer", stats=run / "latents")
     write_card(run / "tokenizer", license="mit")
     model = VTPModel.from_pretrained(run / "tokenizer")
@@ -149,6 +149,7 @@ def test_saving_again_takes_along_what_is_known_of_the_same_weights(run, tmp_pat
     model.save_pretrained(run / "tokenizer")  # over the weights that the figures are about
     text = (run / "tokenizer/README.md").read_text()
     assert "Figures" not in text and "Latent statistics" not in text
+    assert "is of other weights than" in caplog.text
     with pytest.raises(ConfigError, match="is of other weights than"):
         published_stats(run / "tokenizer")
 

@@ -136,9 +136,8 @@ def find_files(inputs: Sequence[Path], out: Path) -> list[Path]:
     found: dict[Path, None] = {}
     for path in inputs:
         if path.is_dir():
-            inside = sorted(
-                f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and (f.is_file() or f.is_symlink())
-            )
+            named = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
+            inside = [f for f in named if f.is_file() or f.is_symlink()]  # one that leads nowhere is counted
             shown = (f for f in inside if not any(p.startswith(".") for p in f.relative_to(path).parts))
             found |= dict.fromkeys(f for f in shown if out.resolve() not in f.resolve().parents)
         elif path.is_file():

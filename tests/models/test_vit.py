@@ -109,6 +109,7 @@ def test_inputs_of_another_shape_are_told_what_is_wanted():
             *((model.trunk, torch.zeros(shape)) for shape in ([1, 1, 8, 8], [3, 8, 8], [1, 3, 3, 8])),
             (model.trunk, torch.zeros(1, 3, 8, 8, dtype=torch.uint8)),
             (model.get_latents_decoded_images, torch.zeros(2, 5, 4, 4)),
+            (model.get_latents_decoded_images, torch.zeros(2, 8, 0, 4)),
             (model.get_clip_text_feature, torch.zeros(4, dtype=torch.int64)),
         ):
             with pytest.raises(ValueError) as error:
@@ -116,12 +117,13 @@ def test_inputs_of_another_shape_are_told_what_is_wanted():
             told.append(str(error.value))
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
-    grey, flat, small, whole, latents, text = told
+    grey, flat, small, whole, latents, empty, text = told
     assert grey.startswith("images of shape [1, 1, 8, 8], torch.float32: give [b, 3, H, W]")
     assert flat.startswith("images of shape [3, 8, 8]")
     assert small == "images of (3, 8) pixels hold no whole patch of 4 x 4"
     assert "torch.uint8: give" in whole and whole.endswith("ImageNet-normalised floats")
     assert latents == "latents of shape [2, 5, 4, 4]: give [b, 8, h, w]"
+    assert empty == "latents of shape [2, 8, 0, 4]: give [b, 8, h, w]"
     assert text.startswith("text of shape [4], torch.int64: give token ids [texts, tokens], 1 to 24 tokens each")
 
 

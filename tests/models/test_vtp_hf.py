@@ -215,6 +215,8 @@ def test_text_cut_after_its_end_has_the_same_feature(pool, monkeypatch):
         model.get_clip_text_feature(torch.zeros(1, 9, dtype=torch.long))
     for wrong, said in (("a dog", "type str"), (["a dog"], "type list"), (torch.zeros(1, 4), "shape .*torch.float32")):
         monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # which objects first here
+        with pytest.raises(ValueError, match="token ids from 3 to 50: the model has 0 to 49"):
+            model.get_clip_text_feature(torch.tensor([[3, 50]]))
         with pytest.raises(ValueError, match=f"text of {said}: give token ids"):
             model.get_clip_text_feature(wrong)
 

@@ -51,7 +51,7 @@ class PixelDecoder(nn.Module):
         self.proj_out = Pointwise(dim, 3 * patch_size**2)
 
     def forward(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
-        if latents.ndim != 4 or latents.shape[1] != self.proj_in.in_channels:
+        if latents.ndim != 4 or latents.shape[1] != self.proj_in.in_channels or 0 in latents.shape[2:]:
             raise ValueError(f"latents of shape {list(latents.shape)}: give [b, {self.proj_in.in_channels}, h, w]")
         rows, columns = latents.shape[-2:]
         x = self.proj_in(latents.flatten(2).mT)  # [b, n, d]

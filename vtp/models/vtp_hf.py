@@ -289,6 +289,7 @@ class VTPModel(PreTrainedModel):
                     f"text of {given}: give token ids [texts, tokens], 1 to {self.text.context_length} tokens each, as "
                     "the tokenizer does"
                 )
+            self._check_ids(text)
         # One look-up for all groups: each has a gradient as large as the whole embedding.
         tokens = self.token_embedding(torch.cat([text.flatten() for text in texts])).split([t.numel() for t in texts])
         embedded = [
@@ -303,6 +304,13 @@ class VTPModel(PreTrainedModel):
         elif self.text_projection is not None:
             x = x @ self.text_projection
         return F.normalize(x, dim=-1) if normalize else x
+
+    def _check_ids(self, text: Int[Tensor, "_ _"]) -> None:
+        if torch.compiler.is_compiling() or text.device.type != "cpu" or text.numel() == 0:
+            return  # a GPU would have to be waited for
+        least, most = (int(x) for x in text.aminmax())
+        if least < 0 or most >= self.text.vocab_size:
+            raise ValueError(f"token ids from {least} to {most}: the model has 0 to {self.text.vocab_size - 1}")
 
     # The published methods.
 

@@ -210,6 +210,34 @@ def test_a_page_of_text_is_cut(tmp_path):
     assert not left_out(source.report)
 
 
+@pytest.mark.parametrize("name", ["1\\u0000.jpg", "1\\ud83d.jpg"])
+def test_a_name_that_no_file_can_have_is_counted(tmp_path, name):
+    (tmp_path / "0.jpg").write_bytes(picture(0))
+    rows = f'{{"file_name": "0.jpg", "hue": "x\\ud83d"}}\n{{"file_name": "{name}", "hue": "y"}}'
+    (tmp_path / "metadata.jsonl").write_text(rows)
+    source = open_source(str(tmp_path))
+    assert [raw.key for raw in everything(source)] == ["0.jpg"] and source.classes == {"hue": ("x?", "y")}
+    assert source.report == {"samples": 2, "unreadable file": 1}
+
+
+def test_names_in_capitals_and_with_dashes_before_them(tmp_path):
+    (tmp_path / "A.JPG").write_bytes(picture(0))
+    (tmp_path / "A.TXT").write_text("a hill")
+    assert [raw.captions for raw in everything(open_source(str(tmp_path)))] == [("a hill",)]
+    members = [("__b.jpg", picture(0)), ("__e/f.jpg", picture(1)), ("__MACOSX/._a.jpg", b"no picture")]
+    source = open_source(str(write_tar(tmp_path / "tars" / "a.tar", members)))
+    assert len(everything(source)) == 2 and source.report == {"samples": 2}
+
+
+def test_a_shard_that_is_a_link_leading_nowhere_is_counted(tmp_path):
+    (tmp_path / "0.tar").write_bytes(b"")
+    (tmp_path / "1.tar").symlink_to(tmp_path / "gone.tar")
+    write_tar(tmp_path / "2.tar", [("a.jpg", picture(0))])
+    for data in (tmp_path, tmp_path / "*.tar"):
+        source = open_source(str(data))
+        assert len(everything(source)) == 1 and source.report["broken shard"] == 2
+
+
 def test_names_that_lead_out_of_their_place_are_left_out(tmp_path):
     members = [("../../a.jpg", picture(0)), ("../../a.txt", b"out"), ("x/b..c/d.jpg", picture(1))]
     source = open_source(str(write_tar(tmp_path / "t" / "a.tar", members)))
@@ -376,6 +404,9 @@ def test_words_as_classes_and_numbers_that_are_none(tmp_path):
     broken = open_source(f"{gone.parent}/*")
     assert broken.classes == {"class": ("eel", "owl")} and len(everything(broken)) == 3
     assert broken.report["broken shard"] == 1
+    numbered = classed(tmp_path / "numbered" / "a.tar", ["1", "0"])
+    (numbered.parent / "classes.json").write_text('[{"wnid": 0, "names": ["owl"]}, {"wnid": 1, "names": ["bee"]}]')
+    assert [r.captions[0] for r in everything(open_source(str(numbered)))] == ["a photo of a bee", "a photo of a owl"]
     mixed = open_source(str(classed(tmp_path / "mixed" / "a.tar", ["1", "owl", "0"])))
     assert [r.labels.get("class") for r in everything(mixed)] == [1, None, 0]
     assert mixed.report == {"samples": 3, "unknown class": 1} and not left_out(mixed.report)
@@ -490,6 +521,9 @@ def test_names_of_classes_that_are_none(tmp_path, name):
     for folder in "ab":
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "0.jpg").write_bytes(picture(0))
+    (tmp_path / "classes.json").write_text('[{"wnid": "a", "names": "ant"}, {"wnid": "b", "names": ["bee"]}]')
+    with pytest.raises(ConfigError, match="classes.json is not a list of .*names is a word"):
+        open_source(str(tmp_path))
     listed = [{"wnid": "a", "names": [int(name) if name == "3" else name]}, {"wnid": "b", "names": ["bee"]}]
     (tmp_path / "classes.json").write_text(json.dumps(listed))
     source = open_source(str(tmp_path))

@@ -6,6 +6,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,7 +86,7 @@ class FolderSource(Alone):
         try:
             large = file.stat().st_size > shards.MAX_BYTES
             image = b"" if large else file.read_bytes()
-        except OSError:
+        except (OSError, ValueError):  # a name that no file can have
             self.report["unreadable file"] += 1
             return
         if large:
@@ -125,7 +126,7 @@ def _walk(root: Path) -> tuple[list[str], set[str]]:
         ]
         for name in files:
             stem, suffix = os.path.splitext((Path(folder) / name).relative_to(root).as_posix())
-            if suffix in (".txt", ".json"):
+            if suffix.lower() in (".txt", ".json"):
                 texts.add(stem)
             elif suffix.lower()[1:] in IMAGE_SUFFIXES and not name.startswith("."):
                 pictures.append(stem + suffix)
@@ -136,9 +137,9 @@ def _beside(picture: Path) -> tuple[bytes | None, bytes | None]:
     """The text and the JSON of a picture's name."""
 
     def read(suffix: str) -> bytes | None:
-        try:
-            return picture.with_suffix(suffix).read_bytes() or None
-        except OSError:
-            return None
+        for name in (suffix, suffix.upper()):
+            with suppress(OSError, ValueError):
+                return picture.with_suffix(name).read_bytes() or None
+        return None
 
     return read(".txt"), read(".json")

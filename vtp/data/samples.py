@@ -178,7 +178,7 @@ class Table:
                 key: {c: index[c][str(v)] for c, v in row.items() if c in index and isinstance(v, str | int)}
                 for key, row in rows.items()
             },
-            classes | {"class": spaced(classes["class"])} if "class" in classes else classes,
+            {c: spaced(names) if c == "class" else tuple(map(mended, names)) for c, names in classes.items()},
             frozenset(not_utf8),
             {row.rpartition(".")[0]: row for row in reversed(rows) if row.rpartition(".")[2].lower() in IMAGE_SUFFIXES},
         )
@@ -211,8 +211,14 @@ def is_number(name: str) -> bool:
 
 def spaced(names: Sequence[str]) -> tuple[str, ...]:
     """Names as people write them, without underscores; as they are, where two would become the same."""
-    written = tuple(name.replace("_", " ") for name in names)
-    return written if len(set(written)) == len(set(names)) else tuple(names)
+    whole = tuple(map(mended, names))
+    written = tuple(name.replace("_", " ") for name in whole)
+    return written if len(set(written)) == len(set(names)) else whole
+
+
+def mended(text: str) -> str:
+    """Without halves of characters, which JSON and names of files may hold and no file of text can."""
+    return text.encode(errors="replace").decode()
 
 
 def classes_of(table: Table | None) -> dict[str, tuple[str, ...]]:
@@ -226,7 +232,10 @@ def class_names(text: bytes, file: str) -> dict[str, str]:
         ConfigError: it is none.
     """
     try:
-        return {row["wnid"]: str(row["names"][0]) for row in json.loads(text)}
+        rows = json.loads(text)
+        if any(isinstance(row["names"], str) for row in rows):
+            raise TypeError("names is a word, not a list of them")
+        return {str(row["wnid"]): mended(str(row["names"][0])) for row in rows}
     except (ValueError, RecursionError, KeyError, TypeError, IndexError) as error:
         raise ConfigError(f'{file} is not a list of {{"wnid": ..., "names": [...]}} ({error!r})') from None
 
@@ -314,7 +323,7 @@ def captions_in(row: Mapping[str, Any]) -> tuple[str, ...]:
         value = row.get(column)
         texts = value if isinstance(value, list) else [value]
         if found := tuple(t.strip() for t in texts if isinstance(t, str) and t.strip()):
-            return tuple(t.encode(errors="replace").decode() for t in found)  # halves of characters, as JSON may hold
+            return tuple(map(mended, found))
     return ()
 
 

@@ -63,9 +63,13 @@ def expand(data: str) -> list[str]:
                 + "; give a folder, tar shards such as 'path/{000..099}.tar', hf:NAME, or scenes"
             )
         shards += found
-    if not REMOTE.match(shards[0]) and not any(tarfile.is_tarfile(s) for s in shards if os.path.getsize(s)):
+    if not REMOTE.match(shards[0]) and not any(tarfile.is_tarfile(s) for s in shards if _size(s)):
         raise ConfigError(f"{shards[0]} is not a tar shard; data is a folder, tar shards, hf:NAME, or scenes")
     return shards
+
+
+def _size(file: str) -> int:
+    return os.path.getsize(file) if os.path.isfile(file) else 0
 
 
 def beside(shard: str, name: str) -> bytes | None:
@@ -175,7 +179,7 @@ def _files(stream: Any, shard: str, report: Counter[str]) -> Iterator[dict[str, 
         for info in tar:
             tar.members = []  # type: ignore[attr-defined]  # or it would remember all of them
             name = info.name.removeprefix("./")  # as `tar cf x.tar .` writes names
-            if info.isdir() or name.startswith("__"):  # a folder; what webdataset keeps for itself
+            if info.isdir() or name.startswith("__MACOSX/"):  # what macOS says of files, under their names
                 continue
             if not info.isreg():
                 report["link or device"] += 1

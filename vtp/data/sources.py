@@ -82,7 +82,7 @@ def _open(data: str, annotations: str | None) -> Source:
         tars = {
             shards.TAR.sub("", p.name): p
             for p in sorted(inside, reverse=True)
-            if shards.TAR.search(p.name) and p.is_file()
+            if shards.TAR.search(p.name) and not p.is_dir()
         }
         # One of 0.tar and 0.tar.gz, which are the same; and packed ones beside pictures are what held them.
         if any(p.suffix == ".tar" for p in tars.values()) or (tars and not holds_pictures(path)):

@@ -170,6 +170,13 @@ def test_words_that_are_no_text_are_mended(tmp_path, wrong):
     assert "of it" in (tmp_path / "seen/inspect.html").read_text(encoding="utf-8")
 
 
+def test_data_of_which_nothing_can_be_read_are_not_packed(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jpg").write_bytes(b"no picture")
+    with pytest.raises(ConfigError, match="no picture can be read .*'not an image': 1"):
+        pack(str(tmp_path / "in"), tmp_path / "out")
+
+
 def test_shards_behind_the_limit_are_not_looked_at(tmp_path):
     write_tar(tmp_path / "0.tar", [(f"{i}.jpg", picture(i)) for i in range(4)])
     (tmp_path / "1.tar").write_bytes(b"no shard")

@@ -83,7 +83,7 @@ def test_classes_far_away_are_those_that_a_file_beside_the_shards_names(classed,
         open_source(url)
 
 
-@pytest.mark.parametrize("answer", ["500", "page", "Not Found", "null"])
+@pytest.mark.parametrize("answer", ["500", "page", "Not Found", "null", '{"error": "not found"}'])
 def test_what_a_server_says_of_classes_that_nothing_asks_for_is_no_error(folder, server, answer, caplog):
     """Pictures with captions, and where no classes.json is, a page that says so, or an error of the server's own."""
     about = json.dumps({"captions": ["a hill"]}).encode() if answer != "500" else b'{"caption": "a hill"}'

@@ -412,6 +412,7 @@ def test_words_as_classes_and_numbers_that_are_none(tmp_path):
     assert mixed.report == {"samples": 3, "unknown class": 1} and not left_out(mixed.report)
     with pytest.raises(ConfigError, match="KEY.cls holds 999999999999; classes are numbered"):
         open_source(str(classed(tmp_path / "huge" / "a.tar", ["1", "999999999999"])))
+    assert open_source(str(classed(tmp_path / "blank" / "a.tar", ["", " "]))).classes == {}
     inner = [("0.jpg", picture(0)), ("0.cls", b"owl"), ("0.mask.cls", b"sky")]
     assert open_source(str(write_tar(tmp_path / "inner.tar", inner))).classes == {"class": ("owl",)}
     alike = open_source(str(classed(tmp_path / "alike" / "a.tar", ["a_b", "a b"])))
@@ -521,9 +522,10 @@ def test_names_of_classes_that_are_none(tmp_path, name):
     for folder in "ab":
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "0.jpg").write_bytes(picture(0))
-    (tmp_path / "classes.json").write_text('[{"wnid": "a", "names": "ant"}, {"wnid": "b", "names": ["bee"]}]')
-    with pytest.raises(ConfigError, match="classes.json is not a list of .*names is a word"):
-        open_source(str(tmp_path))
+    for wrong in ('"ant"', "[null]", "[]"):
+        (tmp_path / "classes.json").write_text(f'[{{"wnid": "a", "names": {wrong}}}]')
+        with pytest.raises(ConfigError, match="classes.json is not a list of .*Error"):
+            open_source(str(tmp_path))
     listed = [{"wnid": "a", "names": [int(name) if name == "3" else name]}, {"wnid": "b", "names": ["bee"]}]
     (tmp_path / "classes.json").write_text(json.dumps(listed))
     source = open_source(str(tmp_path))

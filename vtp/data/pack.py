@@ -127,6 +127,8 @@ def pack(
     if broken:
         lost["broken shard"] = len(broken)
     samples = sum(report["samples"] for report in reports)
+    if samples == 0:
+        raise ConfigError(f"{data}: no picture can be read ({dict(lost)})")
     return {"shards": shards, "samples": samples, "left_out": dict(lost), "kept": dict(flaws)}
 
 

@@ -233,8 +233,9 @@ def class_names(text: bytes, file: str) -> dict[str, str]:
     """
     try:
         rows = json.loads(text)
-        if any(isinstance(row["names"], str) for row in rows):
-            raise TypeError("names is a word, not a list of them")
+        wrong = next((n for row in rows if not isinstance(n := row["names"], list) or n[0] is None), None)
+        if wrong is not None:
+            raise TypeError(f"names: {wrong!r}")
         return {str(row["wnid"]): mended(str(row["names"][0])) for row in rows}
     except (ValueError, RecursionError, KeyError, TypeError, IndexError) as error:
         raise ConfigError(f'{file} is not a list of {{"wnid": ..., "names": [...]}} ({error!r})') from None

@@ -77,9 +77,9 @@ class TarSource(Alone):
         self._columns = {label: {name: i for i, name in enumerate(names)} for label, names in named.items()}
         own = named | self._folders.classes  # annotations may number the same labels otherwise
         words = list(self._folders.index) or own.get("class", ())  # that a KEY.cls may hold
-        if scanned and "cls" in held:
-            found = _scan(self.shards, lambda name, text: text().strip() if _suffix(name) == "cls" else None)
-            words = _numbered(set(found) - {""}, self.name)
+        scan = _scan(self.shards, lambda name, text: text().strip() if _suffix(name) == "cls" else None)
+        if scanned and "cls" in held and (found := set(scan) - {""}):
+            words = _numbered(found, self.name)
             own["class"] = spaced(words)
             self._folders = replace(self._folders, classes=own)
         self._numbers = len(own.get("class", ()))
@@ -159,7 +159,10 @@ class TarSource(Alone):
 def _labels(listed: bytes, file: str) -> dict[str, tuple[str, ...]]:
     """The labels that KEY.json files hold besides the class, with their class names."""
     try:
-        return {label: tuple(map(str, names)) for label, names in json.loads(listed).items()}
+        found = json.loads(listed)
+        if not all(isinstance(names, list) for names in found.values()):
+            raise TypeError("a label without a list")
+        return {label: tuple(map(str, names)) for label, names in found.items()}
     except (ValueError, RecursionError, AttributeError, TypeError) as error:
         raise ConfigError(f'{file} is not {{"label": ["name", ...], ...}} ({error!r})') from None
 

@@ -229,6 +229,26 @@ def test_names_in_capitals_and_with_dashes_before_them(tmp_path):
     assert len(everything(source)) == 2 and source.report == {"samples": 2}
 
 
+def test_pipes_and_devices_among_pictures_are_left_out(tmp_path):
+    for name in ("a.jpg", "d.jpg"):
+        (tmp_path / name).write_bytes(picture(0))
+    os.mkfifo(tmp_path / "a.txt")
+    os.mkfifo(tmp_path / "b.jpg")
+    (tmp_path / "c.jpg").symlink_to("/dev/zero")
+    (tmp_path / "d.txt").write_text("a hill")
+    source = open_source(str(tmp_path))
+    assert [raw.captions for raw in everything(source)] == [(), ("a hill",)]
+    assert source.report == {"samples": 4, "link or device": 2}
+
+
+def test_pictures_beside_shards_are_said_not_to_be_read(tmp_path, caplog):
+    write_tar(tmp_path / "0.tar", [("a.jpg", picture(0))])
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "b.jpg").write_bytes(picture(1))
+    assert [raw.key for raw in everything(open_source(str(tmp_path)))] == ["a"]
+    assert "pictures in folders, which are not" in caplog.text
+
+
 def test_a_shard_that_is_a_link_leading_nowhere_is_counted(tmp_path):
     (tmp_path / "0.tar").write_bytes(b"")
     (tmp_path / "1.tar").symlink_to(tmp_path / "gone.tar")
@@ -407,6 +427,9 @@ def test_words_as_classes_and_numbers_that_are_none(tmp_path):
     numbered = classed(tmp_path / "numbered" / "a.tar", ["1", "0"])
     (numbered.parent / "classes.json").write_text('[{"wnid": 0, "names": ["owl"]}, {"wnid": 1, "names": ["bee"]}]')
     assert [r.captions[0] for r in everything(open_source(str(numbered)))] == ["a photo of a bee", "a photo of a owl"]
+    (numbered.parent / "classes.json").write_text('[{"wnid": "1", "names": ["owl"]}, {"wnid": "2", "names": ["bee"]}]')
+    own = open_source(str(numbered))  # classes called by other numbers than their places
+    assert [r.labels for r in everything(own)] == [{"class": 0}, {}] and own.report["unknown class"] == 1
     mixed = open_source(str(classed(tmp_path / "mixed" / "a.tar", ["1", "owl", "0"])))
     assert [r.labels.get("class") for r in everything(mixed)] == [1, None, 0]
     assert mixed.report == {"samples": 3, "unknown class": 1} and not left_out(mixed.report)

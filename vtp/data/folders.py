@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -84,13 +85,14 @@ class FolderSource(Alone):
             return
         file = Path(self.name).expanduser() / key
         try:
-            large = file.stat().st_size > shards.MAX_BYTES
-            image = b"" if large else file.read_bytes()
+            found = file.stat()
+            regular, large = stat.S_ISREG(found.st_mode), found.st_size > shards.MAX_BYTES
+            image = file.read_bytes() if regular and not large else b""
         except (OSError, ValueError):  # a name that no file can have
             self.report["unreadable file"] += 1
             return
-        if large:
-            self.report["file too large"] += 1
+        if large or not regular:
+            self.report["file too large" if large else "link or device"] += 1
             return
         captions, labels = ((), {}) if self.metadata is None else self.metadata.of(key, self.report)
         if not captions and self._written:
@@ -137,9 +139,10 @@ def _beside(picture: Path) -> tuple[bytes | None, bytes | None]:
     """The text and the JSON of a picture's name."""
 
     def read(suffix: str) -> bytes | None:
-        for name in (suffix, suffix.upper()):
+        for file in (picture.with_suffix(suffix), picture.with_suffix(suffix.upper())):
             with suppress(OSError, ValueError):
-                return picture.with_suffix(name).read_bytes() or None
+                if file.is_file():
+                    return file.read_bytes() or None
         return None
 
     return read(".txt"), read(".json")

@@ -82,8 +82,9 @@ class TarSource(Alone):
             words = _numbered(found, self.name)
             own["class"] = spaced(words)
             self._folders = replace(self._folders, classes=own)
-        self._numbers = len(own.get("class", ()))
-        self._words = {word: i for i, word in enumerate(words) if not word.isdecimal()}
+        self._words = {word: i for i, word in enumerate(words)}
+        # A number that is no word is an index, but where classes.json calls classes by numbers of its own.
+        self._numbers = 0 if names is not None and any(map(str.isdecimal, names)) else len(words)
         self.classes = own | classes_of(self.table)
         self.templates = templates_of(self.classes)
         self._whole = Counter[str]()  # shards read to their end, and samples in them
@@ -147,9 +148,10 @@ class TarSource(Alone):
             labels = {c: self._columns[c][word] for c, word in words.items() if word in self._columns[c]}
             unknown = False
             if word := member.get("cls", b"").decode("utf-8-sig", errors="replace").strip():
-                number = self._words.get(word, int(word) if word.isdecimal() and len(word) < 10 else self._numbers)
-                unknown = number >= self._numbers
-                if not unknown:
+                index = int(word) if word.isdecimal() and len(word) < 10 else self._numbers
+                number = self._words.get(word, index if index < self._numbers else None)
+                unknown = number is None
+                if number is not None:
                     labels["class"] = number
             key = member["__key__"]
             folder = key.split("/")[-2] if "/" in key else None

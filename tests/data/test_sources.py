@@ -251,9 +251,10 @@ def test_pictures_beside_shards_are_said_not_to_be_read(tmp_path, caplog):
 
 def test_a_shard_that_is_a_link_leading_nowhere_is_counted(tmp_path):
     (tmp_path / "0.tar").write_bytes(b"")
+    (tmp_path / "00.tar").mkdir()  # a folder is no shard
     (tmp_path / "1.tar").symlink_to(tmp_path / "gone.tar")
-    write_tar(tmp_path / "2.tar", [("a.jpg", picture(0))])
-    for data in (tmp_path, tmp_path / "*.tar"):
+    write_tar(tmp_path / "2.TAR", [("a.jpg", picture(0))])
+    for data in (tmp_path, tmp_path / "*.[tT]*"):
         source = open_source(str(data))
         assert len(everything(source)) == 1 and source.report["broken shard"] == 2
 

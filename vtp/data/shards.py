@@ -29,7 +29,7 @@ from vtp.config import ConfigError
 from vtp.data.samples import IMAGE_SUFFIXES
 
 REMOTE = re.compile(r"^(pipe|https?|s3|gs|hf|ais|ftps|sftp|scp|file):")
-TAR = re.compile(r"\.(tar(\.(gz|bz2|xz))?|tgz|tbz2?|txz)$")
+TAR = re.compile(r"\.(tar(\.(gz|bz2|xz))?|tgz|tbz2?|txz)$", re.IGNORECASE)
 PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # how gzip, bzip2 and xz begin
 RETRY_AFTER = (1.0, 5.0, 25.0)  # seconds before each new try
 TIMEOUT = 60.0  # seconds without a byte from a server or a command
@@ -55,6 +55,7 @@ def expand(data: str) -> list[str]:
             continue
         local = os.path.expanduser(url)
         found = sorted(glob.glob(local)) if glob.has_magic(local) and not os.path.exists(local) else [local]
+        found = [file for file in found if not os.path.isdir(file)]
         found = [file for file in found if TAR.search(file)] or found  # not img2dataset's files beside them
         if not found or not os.path.isfile(found[0]):
             raise ConfigError(

@@ -85,7 +85,7 @@ def _open(data: str, annotations: str | None) -> Source:
             if shards.TAR.search(p.name) and not p.is_dir()
         }
         # One of 0.tar and 0.tar.gz, which are the same; and packed ones beside pictures are what held them.
-        plain = any(p.suffix == ".tar" for p in tars.values())
+        plain = any(p.suffix.lower() == ".tar" for p in tars.values())
         if plain and any(p.is_dir() and holds_pictures(p) for p in inside):
             log.warning("%s holds tar shards, which are read, and pictures in folders, which are not", data)
         if plain or (tars and not holds_pictures(path)):

@@ -106,7 +106,8 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         within(self, "steps", 1)
-        within(self, "seed workers", 0)
+        within(self, "seed", 0)
+        within(self, "workers", 0, 1024)  # processes of a rank; a typing mistake must not take the machine
         if not self.weights.clip + self.weights.ssl + self.weights.rec:
             raise ConfigError(
                 "weights.clip, weights.ssl and weights.rec are all 0: no view is made and nothing can be learned; "

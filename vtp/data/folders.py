@@ -22,8 +22,9 @@ from vtp.data.samples import (
     Table,
     assemble,
     captions_beside,
-    class_names,
     classes_of,
+    listed_classes,
+    tell_of_places,
     templates_of,
 )
 
@@ -45,7 +46,12 @@ class FolderSource(Alone):
         metadata, named = root / "metadata.jsonl", root / CLASSES
         # A metadata file says which files belong to the set; one that is missing is then a broken sample.
         self.metadata = Table.load(metadata, ("file_name",)) if metadata.is_file() else None
-        found, texts = _walk(root) if self.metadata is None else (self.metadata.labels, set())
+        if self.metadata is None:
+            inside = list(_walk(root))
+            found = [name for name in inside if _is_picture(name)]
+            texts = {os.path.splitext(name)[0] for name in inside if not _is_picture(name)}
+        else:
+            found, texts = list(self.metadata.labels), set[str]()
         if self.metadata is None and (below := next(root.glob("*/metadata.jsonl"), None)):
             log.warning("%s is not read: it is of its folder alone; name that one, %s", below, below.parent)
         self.files = sorted(found)
@@ -61,16 +67,10 @@ class FolderSource(Alone):
         # The captions of img2dataset's "files" and of many others: KEY.txt or KEY.json beside KEY.jpg.
         written = sum(os.path.splitext(f)[0] in texts for f in self.files)
         self._written = written > 0 or self.metadata is not None  # or may have
-        names = class_names(named.read_bytes(), str(named)) if named.is_file() else None
+        names = listed_classes(named.read_bytes(), str(named)) if named.is_file() else None
         folders = folders if len(folders) > 1 else []  # a single one is a place
         if folders and names is None and 0 < written < len(self.files) / 2:
-            log.warning(
-                "%s: %d of %d pictures have a text beside them, so its folders are taken for places, not classes; "
-                "remove the texts, or name the classes in a classes.json",
-                root,
-                written,
-                len(self.files),
-            )
+            tell_of_places(str(root), written, len(self.files))
         self._folders = Folders.named([] if self._written else folders, names, str(named))  # with captions: places
         if self.metadata is not None and "class" in self.metadata.classes:  # a classes.json numbers them otherwise
             self._folders = Folders({}, self.metadata.classes)
@@ -103,11 +103,15 @@ class FolderSource(Alone):
 
 def holds_pictures(root: Path) -> bool:
     """Whether there is a picture in a folder or below."""
-    return bool(_walk(root)[0])
+    return any(map(_is_picture, _walk(root)))
 
 
-def _walk(root: Path) -> tuple[list[str], set[str]]:
-    """Relative paths of the picture files under a folder, and those of texts and JSON without their suffix.
+def _is_picture(name: str) -> bool:
+    return os.path.splitext(name)[1].lower()[1:] in IMAGE_SUFFIXES
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """Relative paths of the pictures under a folder, and of texts and JSON.
 
     Hidden files are none of them. Links to folders are followed, but not to one that holds the link.
 
@@ -118,21 +122,17 @@ def _walk(root: Path) -> tuple[list[str], set[str]]:
     def refuse(error: OSError) -> None:
         raise error
 
-    pictures, texts = [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=refuse):
-        above = os.path.realpath(folder)
+        above, place = os.path.realpath(folder), f"{Path(folder).relative_to(root).as_posix()}/".removeprefix("./")
         subfolders[:] = [
             s
             for s in subfolders
             if not s.startswith(".") and not f"{above}/".startswith(f"{os.path.realpath(os.path.join(folder, s))}/")
         ]
         for name in files:
-            stem, suffix = os.path.splitext((Path(folder) / name).relative_to(root).as_posix())
-            if suffix.lower() in (".txt", ".json"):
-                texts.add(stem)
-            elif suffix.lower()[1:] in IMAGE_SUFFIXES and not name.startswith("."):
-                pictures.append(stem + suffix)
-    return pictures, texts
+            text = os.path.splitext(name)[1].lower() in (".txt", ".json")
+            if text or (_is_picture(name) and not name.startswith(".")):
+                yield place + name
 
 
 def _beside(picture: Path) -> tuple[bytes | None, bytes | None]:

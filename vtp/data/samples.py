@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from numpy import ndarray
 from vtp.config import ConfigError
 from vtp.data.decode import BadImage, decode
 
+log = logging.getLogger(__name__)
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTION_COLUMNS = ("text", "caption", "captions")
 KEY_COLUMNS = ("key", "file_name")
@@ -27,19 +29,11 @@ CLASS_TEMPLATES = ("a photo of a {}", "a picture of a {}", "a photo of the {}", 
 COLUMN_TEMPLATES = ("{}",)
 MAX_CAPTION = 2_000  # characters; far more than any text tower reads, and a page of text costs a worker its time
 LOST = "lost with a shard (estimated)"
-# What a report counts without anything being left out.
-HARMLESS = frozenset(
-    {
-        "samples",
-        LOST,
-        "caption cut",
-        "caption not UTF-8",
-        "broken json",
-        "unknown class",
-        "not in annotations",
-        "second picture",
-    }
+# What a report counts of samples that are used all the same, and without anything being left out.
+FLAWS = frozenset(
+    ("caption cut", "caption not UTF-8", "broken json", "unknown class", "not in annotations", "second picture")
 )
+HARMLESS = FLAWS | {"samples", LOST}
 
 
 class Raw(NamedTuple):
@@ -111,7 +105,7 @@ def left_out(report: Mapping[str, int]) -> Counter[str]:
 
 def kept(report: Mapping[str, int]) -> dict[str, int]:
     """The part that counts flaws of samples that are used all the same."""
-    return {reason: n for reason, n in report.items() if reason in HARMLESS - {"samples", LOST}}
+    return {reason: n for reason, n in report.items() if reason in FLAWS}
 
 
 def in_vain(report: Mapping[str, int]) -> Counter[str]:
@@ -221,11 +215,23 @@ def mended(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
+def tell_of_places(name: str, written: int, pictures: int) -> None:
+    """Say that a few texts beside pictures end the classes of their folders: with captions folders are places."""
+    log.warning(
+        "%s: %d of %d pictures have a text beside them, so its folders are taken for places, not classes; "
+        "remove the texts, or name the classes in a %s",
+        name,
+        written,
+        pictures,
+        CLASSES,
+    )
+
+
 def classes_of(table: Table | None) -> dict[str, tuple[str, ...]]:
     return {} if table is None else table.classes
 
 
-def class_names(text: bytes, file: str) -> dict[str, str]:
+def listed_classes(text: bytes, file: str) -> dict[str, str]:
     """What a classes.json says: the name of each class, by its folder, in their order.
 
     Raises:

@@ -64,13 +64,10 @@ def expand(data: str) -> list[str]:
                 + "; give a folder, tar shards such as 'path/{000..099}.tar', hf:NAME, or scenes"
             )
         shards += found
-    if not REMOTE.match(shards[0]) and not any(tarfile.is_tarfile(s) for s in shards if _size(s)):
+    full = (s for s in shards if os.path.isfile(s) and os.path.getsize(s))
+    if not REMOTE.match(shards[0]) and not any(map(tarfile.is_tarfile, full)):
         raise ConfigError(f"{shards[0]} is not a tar shard; data is a folder, tar shards, hf:NAME, or scenes")
     return shards
-
-
-def _size(file: str) -> int:
-    return os.path.getsize(file) if os.path.isfile(file) else 0
 
 
 def beside(shard: str, name: str) -> bytes | None:

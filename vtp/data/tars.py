@@ -22,20 +22,21 @@ from vtp.data.samples import (
     Table,
     assemble,
     captions_beside,
-    class_names,
     classes_of,
     ended,
+    listed_classes,
     row_of,
     spaced,
+    tell_of_places,
     templates_of,
 )
 
 LABELS = "labels.json"  # beside packed shards: {label: its class names}, for the labels in KEY.json
 LOOKED_AT = 100  # samples of near shards, of as many shards as there are, for what is beside their pictures
-T = TypeVar("T")
 MAX_CLASSES = 1_000_000  # a larger number in a KEY.cls is none
 _SUFFIXES = frozenset(IMAGE_SUFFIXES)
 _TEXTS = frozenset(("txt", "json"))
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -55,19 +56,13 @@ class TarSource(Alone):
         held = set[str]().union(*few)  # suffixes
         in_folders = any("/" in member["__key__"] for member in few)
         expected = not far or "cls" in held or (in_folders and not _TEXTS & held)
-        names = self._beside(CLASSES, class_names, expected)
+        names = self._beside(CLASSES, listed_classes, expected)
         scanned = names is None and not far
         folders: Iterable[str] = ()
         if scanned and in_folders and not {"txt", "json", "cls"} & held:
             folders = _scan(self.shards, lambda name, _: name.split("/")[-2] if "/" in name else None)
         if scanned and in_folders and 0 < (written := sum(bool(m.keys() & _TEXTS) for m in few)) < len(few) / 2:
-            log.warning(
-                "%s: %d of the first %d pictures have a text, so its folders are taken for places, not classes; "
-                "remove the texts, or name the classes in a classes.json",
-                self.name,
-                written,
-                len(few),
-            )
+            tell_of_places(f"{self.name}, the first samples", written, len(few))
         folders = sorted(set(folders))
         folders = folders if len(folders) > 1 else []  # one folder is a place, not a class
         self._folders = Folders.named(folders, names, f"{CLASSES} beside {self.shards[0]}")
@@ -130,6 +125,12 @@ class TarSource(Alone):
                 yield raw
         ended(given, self.report["broken shard"] == broken, self._whole, self.report)
 
+    def _number(self, word: str) -> int | None:
+        """The class that a KEY.cls names."""
+        if word in self._words:
+            return self._words[word]
+        return int(word) if word.isdecimal() and len(word) < 10 and int(word) < self._numbers else None
+
     def _read(self, shard: str) -> Iterator[Raw | None]:
         for member in shards.members(shard, self.report):
             self.report["samples"] += 1
@@ -146,13 +147,10 @@ class TarSource(Alone):
             )
             words = {c: str(row[c]) for c in self._columns if row.get(c) is not None}
             labels = {c: self._columns[c][word] for c, word in words.items() if word in self._columns[c]}
-            unknown = False
-            if word := member.get("cls", b"").decode("utf-8-sig", errors="replace").strip():
-                index = int(word) if word.isdecimal() and len(word) < 10 else self._numbers
-                number = self._words.get(word, index if index < self._numbers else None)
-                unknown = number is None
-                if number is not None:
-                    labels["class"] = number
+            word = member.get("cls", b"").decode("utf-8-sig", errors="replace").strip()
+            if (number := self._number(word)) is not None:
+                labels["class"] = number
+            unknown = word != "" and number is None
             key = member["__key__"]
             folder = key.split("/")[-2] if "/" in key else None
             yield assemble(key, images[0], captions, labels, folder, self._folders, self.table, self.report, unknown)

@@ -281,15 +281,7 @@ class VTPModel(PreTrainedModel):
         """The text features, in their order, of texts in groups of one length each (padding included)."""
         self._require("train_clip")
         for text in texts:
-            is_ids = isinstance(text, Tensor) and text.ndim == 2 and not text.is_floating_point()
-            if not is_ids or not 1 <= text.shape[1] <= self.text.context_length:
-                known = isinstance(text, Tensor)
-                given = f"shape {list(text.shape)}, {text.dtype}" if known else f"type {type(text).__name__}"
-                raise ValueError(
-                    f"text of {given}: give token ids [texts, tokens], 1 to {self.text.context_length} tokens each, as "
-                    "the tokenizer does"
-                )
-            self._check_ids(text)
+            self._check_text(text)
         # One look-up for all groups: each has a gradient as large as the whole embedding.
         tokens = self.token_embedding(torch.cat([text.flatten() for text in texts])).split([t.numel() for t in texts])
         embedded = [
@@ -305,7 +297,15 @@ class VTPModel(PreTrainedModel):
             x = x @ self.text_projection
         return F.normalize(x, dim=-1) if normalize else x
 
-    def _check_ids(self, text: Int[Tensor, "_ _"]) -> None:
+    def _check_text(self, text: Any) -> None:
+        known = isinstance(text, Tensor)
+        given = f"shape {list(text.shape)}, {text.dtype}" if known else f"type {type(text).__name__}"
+        ids = known and text.ndim == 2 and not text.is_floating_point()
+        if not ids or not 1 <= text.shape[1] <= self.text.context_length:
+            raise ValueError(
+                f"text of {given}: give token ids [texts, tokens], 1 to {self.text.context_length} tokens each, as "
+                "the tokenizer does"
+            )
         if torch.compiler.is_compiling() or text.device.type != "cpu" or text.numel() == 0:
             return  # a GPU would have to be waited for
         least, most = (int(x) for x in text.aminmax())

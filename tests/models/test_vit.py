@@ -4,7 +4,7 @@ import torch
 
 from tests.tiny import tiny_model
 from vtp.models.config import ModelConfig, TextConfig, ViTConfig
-from vtp.models.vit import ViT
+from vtp.models.vit import PatchEmbed, ViT
 from vtp.models.vtp_hf import VTPConfig, VTPModel
 
 SMALL = ViTConfig(patch_size=4, embed_dim=32, depth=3, num_heads=2, feature_bottleneck=8)
@@ -20,6 +20,21 @@ def test_tokens():
     assert whole.grid == grid and torch.allclose(whole.patches, patches, atol=1e-6)
     with pytest.raises(ValueError, match=r"\(3, 8\) pixels hold no whole patch of 4 x 4"):
         trunk(torch.randn(1, 3, 3, 8))
+
+
+def test_patches_are_embedded_by_the_published_convolution():
+    """As a product where gradients are asked for: its values and gradients, pixels beyond the last whole patch too."""
+    embed, images = PatchEmbed(4, 8).double(), torch.randn(2, 3, 11, 13, dtype=torch.float64, requires_grad=True)
+    product, convolved = embed(images), embed.proj(images).permute(0, 2, 3, 1)
+    assert product.shape == (2, 2, 3, 8)
+    with torch.no_grad():
+        assert torch.equal(embed(images), convolved)
+    torch.testing.assert_close(product, convolved)
+    wanted = torch.randn_like(product)
+    inputs = [images, *embed.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad(product, inputs, wanted), torch.autograd.grad(convolved, inputs, wanted)
+    )
 
 
 def test_masked_patches_are_not_seen():

@@ -71,9 +71,9 @@ def update(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], cli
     for the device to know.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm([g for g in grads if not isinstance(g, DTensor)])
+    norm = _total_norm([g for g in grads if not isinstance(g, DTensor)])
     if sharded := dist.shards(g for g in grads if isinstance(g, DTensor)):
-        norm = (norm.square() + dist.sum_(nn.utils.get_total_norm(sharded).square())).sqrt()
+        norm = (norm.square() + dist.sum_(_total_norm(sharded).square())).sqrt()
     # AdamW's fused kernel reads both: it divides the gradients by the one, and does nothing where the other is 1.
     if clip_grad > 0:
         optimizer.grad_scale = ((norm + 1e-6) / clip_grad).clamp(min=1.0)  # type: ignore[attr-defined]
@@ -81,6 +81,13 @@ def update(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], cli
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def _total_norm(grads: list[Tensor]) -> Tensor:
+    if not grads or grads[0].device.type != "cpu":
+        return nn.utils.get_total_norm(grads)
+    # On a CPU a dot product takes half the time, and errs by 4e-5 over 20 million values where a norm errs by 1e-3.
+    return torch.stack([torch.dot(g, g) for g in (g.flatten() for g in grads)]).sum().sqrt()
 
 
 def optimizer_tensors(optimizer: torch.optim.AdamW, parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Any]:

@@ -63,6 +63,9 @@ def _cached_tables(*key: Any) -> tuple[Tensor, Tensor]:
 def rotate(x: Float[Tensor, "*b h"], cos: Float[Tensor, "*t h"], sin: Float[Tensor, "*t h"]) -> Float[Tensor, "*b h"]:
     """Rotate queries and keys in the dtype of the tables (so a float32 query keeps bf16 precision, as published)."""
     y = x.to(cos.dtype)
+    if torch.compiler.is_compiling():  # the same in steps that become vector instructions, as a roll does not
+        y, cos, sin = (z.unflatten(-1, (2, -1)) for z in (y, cos, sin))
+        return (y * cos + y.flip(-2) * sin).flatten(-2).to(x.dtype)
     return (y * cos).add_(y.roll(y.shape[-1] // 2, dims=-1).mul_(sin)).to(x.dtype)
 
 

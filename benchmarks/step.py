@@ -13,7 +13,7 @@ captions on both sides, and end with AdamW's update and the teacher's. The proce
 - auto-encoder: timm's ViT-S/16, 64 channels, 12 blocks of a decoder, L1.
 
 `ratio` is their sum over ours in the same round, its median. `utilisation` is FLOPs of the step, counted by torch, over
-its time, over the rate of a 1536^3 product in the same round. `compile` adds our step with parallel.compile=true, as a
+its time, over the rate of a 1536^3 product just before it. `compile` adds our step with parallel.compile=true, as a
 user would run it; it takes minutes to compile. The peers run as they are used, uncompiled.
 """
 
@@ -280,11 +280,12 @@ def measure(precision: str, source: str, compile: bool) -> None:
     for _ in range(WARM - 1):
         for step in steps.values():
             step()
-    rounds = []
+    rounds, rates = [], []
     for i in range(ROUNDS):
         names = list(steps) if i % 2 else list(reversed(steps))
-        rate = product_rate(precision)
-        rounds.append({name: seconds(steps[name]) for name in names} | {"rate": rate})
+        timed = {name: (product_rate(precision), seconds(steps[name])) for name in names}
+        rounds.append({name: step for name, (_, step) in timed.items()})
+        rates.append({name: rate for name, (rate, _) in timed.items()})
     peers = [name for name in flops if name != OURS]
     ours = statistics.median(r[OURS] for r in rounds)
     together = [sum(r[name] for name in peers) for r in rounds]
@@ -292,13 +293,18 @@ def measure(precision: str, source: str, compile: bool) -> None:
         value = statistics.median(r[name] for r in rounds)
         ratio = statistics.median(t / r[name] for t, r in zip(together, rounds, strict=True))
         line(f"{name}, {precision}", value, "s", "sum of " + ", ".join(peers), statistics.median(together), ratio, 3)
-    use = {name: statistics.median(flops[name] / r[name] / r["rate"] for r in rounds) for name in flops}
+    flops |= {COMPILED: flops[OURS]}
+    use = {
+        name: statistics.median(flops[name] / r[name] / rate[name] for r, rate in zip(rounds, rates, strict=True))
+        for name in steps
+    }
     for name in peers:
         theirs = statistics.median(r[name] for r in rounds)
         of = statistics.median(r[name] / r[OURS] for r in rounds)
         line(f"{OURS}, {precision}", ours, "s", f"{name} alone", theirs, of, 3)
-        line(f"{OURS}, {precision}, utilisation", use[OURS], "of matmul", name, use[name], use[OURS] / use[name], 3)
-    rate = statistics.median(r["rate"] for r in rounds)
+        for mine in (name for name in steps if name not in peers):
+            line(f"{mine}, {precision}, utilisation", use[mine], "of matmul", name, use[name], use[mine] / use[name], 3)
+    rate = statistics.median(rate[OURS] for rate in rates)
     line(f"{OURS}, {precision}, {flops[OURS] / 1e9:.0f} GFLOP", flops[OURS] / ours / 1e9, "GFLOP/s", "1536^3 product",
          rate / 1e9, flops[OURS] / ours / rate, 3)  # fmt: skip
 

@@ -262,6 +262,37 @@ with dist.group():
 """
 
 
+MANY = """
+import sys
+from pathlib import Path
+import torch
+from tests.pretrain.test_parallel import batches
+from vtp import config
+from vtp.pretrain.config import PretrainConfig
+from vtp.pretrain.learner import PretrainLearner
+
+compile = torch.nn.Module.compile
+torch.nn.Module.compile = lambda module: compile(module, backend="eager")
+cfg = config.load(Path(sys.argv[1]), PretrainConfig())
+learner = PretrainLearner(cfg, torch.device("cpu"))
+for i, batch in enumerate(batches(cfg, 3)):
+    learner.learn(batch, i)
+print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+"""
+
+
+@pytest.mark.slow
+def test_no_kind_of_block_is_left_uncompiled(tiny, tmp_path):
+    """Micro-batches, whose last is smaller, make more shapes than the compiler takes of one function by itself."""
+    cfg = replace(
+        tiny, batch=replace(tiny.batch, clip=16), parallel=ParallelConfig(compile=True, micro_batch=5), precision="fp32"
+    )
+    (tmp_path / "tiny.yaml").write_text(config.dump(cfg))
+    command = [sys.executable, "-c", MANY, str(tmp_path / "tiny.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, check=True)
+    assert "recompile_limit" not in done.stderr and int(done.stdout.split()[-1]) > 8
+
+
 def compiled(cfg):
     """Four steps compiled and plain have the same losses; four more batches compile nothing."""
     data = batches(cfg, 8)

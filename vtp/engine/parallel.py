@@ -20,6 +20,10 @@ from vtp import dist
 from vtp.config import within
 from vtp.engine.optim import Precision
 
+# Blocks of all parts are one function to the compiler. It compiles that anew for each kind of block, shape and gradient
+# mode, and would run what is beyond its limit (8) uncompiled.
+VARIANTS = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
@@ -54,6 +58,7 @@ def parallelise(
             marked._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         if cfg.compile:
             block.compile()
+            torch._dynamo.config.recompile_limit = VARIANTS
         if shard:
             # Where the bytes are they travel as bfloat16; inputs stay as they are, for the residual stream is float32.
             low = MixedPrecisionPolicy(

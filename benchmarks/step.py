@@ -22,13 +22,14 @@ from __future__ import annotations
 import importlib
 import os
 import random
-import statistics
 import sys
 import time
 import types
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from operator import truediv
+from statistics import median
 
 import numpy as np
 import torch
@@ -247,7 +248,7 @@ def product_rate(precision: str, side: int = 1536) -> float:
         start = time.perf_counter()
         a @ b
         times.append(time.perf_counter() - start)
-    return 2 * side**3 / statistics.median(times)
+    return 2 * side**3 / median(times)
 
 
 def seconds(step: Step) -> float:
@@ -267,44 +268,41 @@ def measure(precision: str, source: str, compile: bool) -> None:
     torch.manual_seed(0)
     images, tokens = torch.randn(BATCH, 3, SIZE, SIZE), captions()
     dinov2, data = dinov2_step(precision, source)
-    steps = {
-        OURS: our_step(precision, images, tokens, data),
+    mine = {OURS: our_step(precision, images, tokens, data)}
+    peers = {
         "open_clip CLIP": open_clip_step(precision, images, tokens),
         "DINOv2 SSL": dinov2,
         "ViT auto-encoder": auto_encoder_step(precision, images),
     }
-    flops = {name: counted(step) for name, step in steps.items()}
+    flops = {name: counted(step) for name, step in (mine | peers).items()}
     if compile:
-        steps[COMPILED] = our_step(precision, images, tokens, data, compile=True)
-        steps[COMPILED]()
+        mine[COMPILED] = our_step(precision, images, tokens, data, compile=True)
+        mine[COMPILED]()
+        flops[COMPILED] = flops[OURS]
+    steps = mine | peers
     for _ in range(WARM - 1):
         for step in steps.values():
             step()
-    rounds, rates = [], []
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    used: dict[str, list[float]] = {name: [] for name in steps}  # share of the product's rate
+    rates = []
     for i in range(ROUNDS):
-        names = list(steps) if i % 2 else list(reversed(steps))
-        timed = {name: (product_rate(precision), seconds(steps[name])) for name in names}
-        rounds.append({name: step for name, (_, step) in timed.items()})
-        rates.append({name: rate for name, (rate, _) in timed.items()})
-    peers = [name for name in flops if name != OURS]
-    ours = statistics.median(r[OURS] for r in rounds)
-    together = [sum(r[name] for name in peers) for r in rounds]
-    for name in (name for name in steps if name not in peers):
-        value = statistics.median(r[name] for r in rounds)
-        ratio = statistics.median(t / r[name] for t, r in zip(together, rounds, strict=True))
-        line(f"{name}, {precision}", value, "s", "sum of " + ", ".join(peers), statistics.median(together), ratio, 3)
-    flops |= {COMPILED: flops[OURS]}
-    use = {
-        name: statistics.median(flops[name] / r[name] / rate[name] for r, rate in zip(rounds, rates, strict=True))
-        for name in steps
-    }
+        for name in list(steps) if i % 2 else list(reversed(steps)):
+            rates.append(product_rate(precision))
+            times[name].append(seconds(steps[name]))
+            used[name].append(flops[name] / times[name][-1] / rates[-1])
+    together = [sum(each) for each in zip(*(times[name] for name in peers), strict=True)]
+    for name in mine:
+        ratio = median(map(truediv, together, times[name]))
+        line(f"{name}, {precision}", median(times[name]), "s", "sum of " + ", ".join(peers), median(together), ratio, 3)
+    ours, rate = median(times[OURS]), median(rates)
     for name in peers:
-        theirs = statistics.median(r[name] for r in rounds)
-        of = statistics.median(r[name] / r[OURS] for r in rounds)
-        line(f"{OURS}, {precision}", ours, "s", f"{name} alone", theirs, of, 3)
-        for mine in (name for name in steps if name not in peers):
-            line(f"{mine}, {precision}, utilisation", use[mine], "of matmul", name, use[name], use[mine] / use[name], 3)
-    rate = statistics.median(rate[OURS] for rate in rates)
+        of = median(map(truediv, times[name], times[OURS]))
+        line(f"{OURS}, {precision}", ours, "s", f"{name} alone", median(times[name]), of, 3)
+        theirs = median(used[name])
+        for own in mine:
+            use = median(used[own])
+            line(f"{own}, {precision}, utilisation", use, "of matmul", name, theirs, use / theirs, 3)
     line(f"{OURS}, {precision}, {flops[OURS] / 1e9:.0f} GFLOP", flops[OURS] / ours / 1e9, "GFLOP/s", "1536^3 product",
          rate / 1e9, flops[OURS] / ours / rate, 3)  # fmt: skip
 

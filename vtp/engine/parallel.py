@@ -51,6 +51,8 @@ def parallelise(
     shard = cfg.shard and dist.world_size() > 1
     scalars = {p for p in module.parameters() if p.ndim == 0}  # fully_shard takes none
     mesh = init_device_mesh(device.type, (dist.world_size(),)) if shard else None
+    if cfg.compile:
+        torch._dynamo.config.recompile_limit = VARIANTS
     for block in blocks:
         if cfg.recompute:
             marked: Any = block
@@ -58,7 +60,6 @@ def parallelise(
             marked._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         if cfg.compile:
             block.compile()
-            torch._dynamo.config.recompile_limit = VARIANTS
         if shard:
             # Where the bytes are they travel as bfloat16; inputs stay as they are, for the residual stream is float32.
             low = MixedPrecisionPolicy(

@@ -124,6 +124,29 @@ def test_a_full_disk_is_one_line(error, line, inputs, tmp_path, monkeypatch, cap
     assert stop.value.code == 2 and said[-1] == line
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        ("[pair.cc:547] Connection closed by peer [127.0.0.1]:1427", "vtp (rank 1): another rank has ended"),
+        (
+            "DataLoader worker (pid 7) is killed by signal: Killed. ",
+            "vtp (rank 1): DataLoader worker (pid 7) is killed",
+        ),
+        ("something of ours", None),
+    ],
+)
+def test_what_ended_elsewhere_is_one_line(error, line, inputs, tmp_path, monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise RuntimeError(error)
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("vtp.models.export.export", broken)
+    with pytest.raises(SystemExit if line else RuntimeError):
+        main(["export", inputs["TOKENIZER"], "--out", str(tmp_path)])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert line is None or said[-1].startswith(line)
+
+
 def test_too_little_memory_is_one_line(inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("vtp.models.export.export", lambda *_, **__: torch.empty(10**15))
     with pytest.raises(SystemExit) as stop:

@@ -16,6 +16,8 @@ from vtp.recipes import DITS, PRETRAIN
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+LOST = ("by peer", "remote process exited")  # gloo's and NCCL's words for a rank that has gone
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `vtp` and `python -m vtp`. A mistake of the user's is one line on stderr and exit code 2."""
@@ -53,9 +55,16 @@ def _run(args: argparse.Namespace) -> None:
             text = f"{error.strerror} while writing; make room and try again"
         elif isinstance(error, OSError):  # not about a file: nothing that a user can mend
             raise
+        if isinstance(error, NonFiniteError) and os.environ.get("RANK", "0") != "0":
+            raise SystemExit(2) from None  # all ranks know; the first says it
         _refuse(text)
     except RuntimeError as error:
         lines = str(error).splitlines()
+        lost = next((line for line in lines if any(words in line for words in LOST)), None)
+        if lost is not None and "RANK" in os.environ:
+            _refuse(f"another rank has ended, or cannot be reached ({lost.strip()}); what it said itself says why")
+        if lines and lines[0].startswith("DataLoader worker"):
+            _refuse(f"{lines[0]}; ended for want of memory? Fewer workers need less, and the same command goes on")
         lacking = next((line for line in lines if "out of memory" in line or "can't allocate memory" in line), None)
         if lacking is None:
             raise

@@ -70,7 +70,7 @@ def test_going_back_in_the_same_loader():
 
 def test_a_position_of_another_run_is_refused(shards):
     source = open_source("scenes")
-    with pytest.raises(ConfigError, match="seed=0, not 1"):
+    with pytest.raises(ConfigError, match="scenes was saved with seed=0, not 1; by resume=anyway"):
         loader(source, seed=1).load_state_dict(loader(source).state_dict())
     with pytest.raises(ConfigError, match="saved in other data .scenes. than .*; by resume=anyway"):
         loader(shards).load_state_dict(loader(source).state_dict())

@@ -20,7 +20,7 @@ import torch
 from vtp.config import ConfigError
 from vtp.engine import checkpoint
 from vtp.engine.logging import MACHINE, MetricsLog, say
-from vtp.engine.loop import LoopConfig, NonFiniteError, open_run, train
+from vtp.engine.loop import CONFIG, NEW_CONFIG, LoopConfig, NonFiniteError, open_run, train
 from vtp.engine.optim import OptimConfig, adamw, optimizer_tensors, set_schedule, update
 
 
@@ -146,7 +146,7 @@ with open_run(Config(out=sys.argv[1]), "auto"):
         other.stdout.readline()
         with pytest.raises(ConfigError, match=f"another process trains in {tmp_path}"):
             opened(Config(out=str(tmp_path), width=8), "auto")
-        assert "width: 4" in (tmp_path / "config.yaml").read_text()
+        assert "width: 4" in (tmp_path / NEW_CONFIG).read_text()
         other.kill()
         other.wait()
         opened(Config(out=str(tmp_path)), "auto")
@@ -197,11 +197,24 @@ def test_one_nan_is_skipped_and_counted(tmp_path):
 def test_many_nans_stop_the_run_and_keep_the_last_good_checkpoint(tmp_path):
     with pytest.raises(NonFiniteError, match="total, grad_norm not finite in 3 steps in a row.*step_0000005"):
         train(Line(poison_at=range(6, 20)), Counting(), 20, 0, replace(LOOP, max_skipped=2), tmp_path, "t")
+    assert lines(tmp_path)[-1]["skipped"] == 3 and lines(tmp_path)[-1]["total"] is None  # what stopped it is on record
     kept = checkpoint.complete(tmp_path / "checkpoints")
     assert [path.name for path in kept] == ["step_0000005"]
     learner = Line()
     checkpoint.load(kept[-1], learner.tensors())
     assert learner.model.weight.isfinite().all()
+
+
+def test_a_reading_that_is_not_finite_is_no_step_without_an_update(tmp_path):
+    class Blind(Line):
+        def step(self, batch, step):
+            return super().step(batch, step) | {"reading": torch.tensor(float("nan" if step >= 3 else 1))}
+
+    train(Blind(), Counting(), 10, 0, replace(LOOP, max_skipped=2), tmp_path / "blind", "t")
+    train(Line(), Counting(), 10, 0, replace(LOOP, max_skipped=2), tmp_path / "sighted", "t")
+    blind, sighted = lines(tmp_path / "blind"), lines(tmp_path / "sighted")
+    assert {line["step"]: line["reading"] for line in blind} == {2: 1, 4: None, 5: None, 6: None, 8: None, 10: None}
+    assert [(line["skipped"], line["total"]) for line in blind] == [(0, line["total"]) for line in sighted]
 
 
 @pytest.mark.parametrize("spoiled_at", [7, 19])
@@ -262,22 +275,49 @@ def test_a_finished_run_does_nothing_more(tmp_path):
     assert again.seen == [] and lines(tmp_path) == before
 
 
-def test_old_checkpoints_go_and_half_written_ones_are_not_seen(tmp_path):
+def test_old_checkpoints_go_and_half_written_ones_and_copies_are_not_seen(tmp_path):
     train(Line(), Counting(), 20, 0, LOOP, tmp_path, "t")
     folder = tmp_path / "checkpoints"
+    for other in ("step_best", ".step_0000099.partial", "damaged_step_0000099"):
+        (folder / other).mkdir()
     assert [path.name for path in checkpoint.complete(folder)] == ["step_0000015", "step_0000020"]
-    (folder / "step_0000099").mkdir()
-    assert checkpoint.complete(folder)[-1].name == "step_0000020"
+
+
+def test_a_checkpoint_without_a_manifest_is_damaged_and_no_run_begins_anew_over_it(tmp_path, capsys):
+    train(Line(), Counting(), 10, 0, LOOP, tmp_path, "t")
+    straight = science(tmp_path)
+    older, newer = checkpoint.complete(tmp_path / "checkpoints")
+    (newer / checkpoint.MANIFEST).unlink()
+    again = Line()
+    train(again, Counting(), 10, 0, LOOP, tmp_path, "t")
+    assert "is damaged (manifest.json: No such file" in " ".join(capsys.readouterr().err.split())
+    assert again.seen == [5.0, 6.0, 7.0, 8.0, 9.0] and science(tmp_path) == straight
+    for path in checkpoint.complete(tmp_path / "checkpoints"):
+        (path / checkpoint.MANIFEST).unlink()
+    with pytest.raises(checkpoint.CheckpointError, match="all checkpoints in .* are damaged"):
+        train(Line(), Counting(), 10, 0, LOOP, tmp_path, "t")
+    assert science(tmp_path) == straight
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_said_and_ends_nothing(tmp_path, monkeypatch, capsys):
+    def refusing(path, remove=shutil.rmtree, **options):
+        if Path(path).name == "step_0000005" and Path(path).exists():
+            raise PermissionError(13, "Permission denied", str(path))
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", refusing)
+    train(Line(), Counting(), 20, 0, LOOP, tmp_path, "t")
+    assert "step_0000005 is no longer needed and could not be removed" in " ".join(capsys.readouterr().err.split())
+    assert checkpoint.complete(tmp_path / "checkpoints")[-1].name == "step_0000020"
 
 
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
     for step in (9_999_998, 10_000_000, 2):
         (tmp_path / f"step_{step:07d}").mkdir()
-        (tmp_path / f"step_{step:07d}" / checkpoint.MANIFEST).write_text("{}")
     assert [path.name for path in checkpoint.complete(tmp_path)] == ["step_0000002", "step_9999998", "step_10000000"]
 
 
-@pytest.mark.parametrize("manifest", ["[]", "3", '{"sha256": ["a"]}', "{}", "not JSON"])
+@pytest.mark.parametrize("manifest", ["[]", "3", '{"sha256": ["a"]}', '{"sha256": {}}', "{}", "not JSON"])
 def test_a_manifest_of_another_shape_is_damage(tmp_path, manifest):
     (tmp_path / "step_0000001").mkdir()
     (tmp_path / "step_0000001" / checkpoint.MANIFEST).write_text(manifest)
@@ -295,7 +335,9 @@ def test_metrics_after_the_checkpoint_are_dropped_and_a_cut_line_is_tolerated(tm
     with pytest.raises(SystemExit):
         train(Line(kill_at=7), Counting(), 20, 0, LOOP, tmp_path, "t")
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 999, "total": 1}\n{"step": 10')
+        file.write('{"step": 999, "total": 1}\n{"loss": 1}\n[3]\n7\n{"step": 10')
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\n")
     train(Line(), Counting(), 20, 0, LOOP, tmp_path, "t")
     steps = [line["step"] for line in lines(tmp_path)]
     assert steps == sorted(set(steps)) and steps[-1] == 20
@@ -303,6 +345,7 @@ def test_metrics_after_the_checkpoint_are_dropped_and_a_cut_line_is_tolerated(tm
 
 def opened(*args, **options):
     with open_run(*args, **options) as out:
+        (out / NEW_CONFIG).replace(out / CONFIG)  # as `train` does
         return out
 
 
@@ -310,7 +353,8 @@ def test_a_run_folder_refuses_another_configuration_unless_told(tmp_path, capsys
     cfg = Config(out=str(tmp_path / "run"))
     opened(cfg, "auto")
     opened(Config(out=cfg.out, width=8), "auto")  # nothing was learned yet
-    opened(cfg, "auto")
+    (tmp_path / "run/checkpoints/.step_0000001.partial").mkdir(parents=True)  # killed in the first save
+    opened(cfg, "never")
     (tmp_path / "run/checkpoints/step_0000001").mkdir(parents=True)
     opened(Config(out=cfg.out, workers=3), "auto", ignore=("workers",))
     with pytest.raises(ConfigError, match="another configuration .width: 4 -> 8."):
@@ -321,6 +365,13 @@ def test_a_run_folder_refuses_another_configuration_unless_told(tmp_path, capsys
     cfg = Config(out=cfg.out, width=8)
     with pytest.raises(ConfigError, match="already holds a run"):
         opened(cfg, "never")
+    with pytest.raises(ZeroDivisionError), open_run(Config(out=cfg.out, width=9), "anyway") as out:
+        raise ZeroDivisionError  # before `train` has loaded a checkpoint
+    assert "width: 8" in (out / CONFIG).read_text() and not (out / NEW_CONFIG).exists()
+    (out / CONFIG).unlink()
+    with pytest.raises(ConfigError, match="holds checkpoints and no config.yaml"):
+        opened(cfg, "auto")
+    opened(cfg, "anyway")
 
 
 def test_decay_is_for_matrices_only():

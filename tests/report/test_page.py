@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 
 import pytest
 from PIL import Image
@@ -49,6 +50,20 @@ def test_text_from_files_is_escaped(make_run, tmp_path):
     html = write_report([run], data=str(images)).read_text()
     assert "<script" not in html and " onload='" not in html.replace("\\", "")
     assert html.count("&lt;script&gt;") > 20
+
+
+def test_samples_stand_under_how_they_were_guided_the_least_first(make_run):
+    runs = [make_run("vtp"), make_run("ae")]
+    for run in runs:
+        for name, scale in (("samples_unguided", 1.0), ("samples_less", 2.5), ("samples", 10)):
+            if name != "samples":
+                shutil.copytree(run / "samples", run / name)
+            protocol = json.loads((run / name / "samples.json").read_text())
+            (run / name / "samples.json").write_text(json.dumps(protocol | {"cfg_scale": scale}))
+    html = write_report(runs).read_text()
+    places = [html.index(f"<h3>Samples, {how}</h3>") for how in ("no guidance", "guidance 2.5", "guidance 10")]
+    assert places == sorted(places)
+    assert html.count("<h3>Samples, ") == 3
 
 
 def test_pieces_that_are_missing_are_left_out_and_said(make_run):

@@ -183,18 +183,17 @@ class Loader:
                 "the checkpoint's position in the data was written by another version of vtp; go on with that "
                 "version, or begin anew with another out="
             )
-        if state["seed"] != self.seed:
-            raise ConfigError(f"the position in the data was saved with seed={state['seed']}, not {self.seed}")
-        here = {"sources": self._names, "contents": self._contents}
-        changed = [name for name in here if here[name] != state[name]]
+        names = " and ".join(self._names)
+        if self._names != state["sources"]:
+            changed = f"the position was saved in other data ({' and '.join(state['sources'])}) than {names}"
+        elif self._contents != state["contents"]:
+            changed = f"{names} has other files or annotations than when the position was saved"
+        elif self.seed != state["seed"]:
+            changed = f"the position in {names} was saved with seed={state['seed']}, not {self.seed}"
+        else:
+            changed = ""
         if changed and not self._anew:
-            raise ConfigError(
-                f"the position was saved in other data ({' and '.join(state['sources'])}) than "
-                f"{' and '.join(self._names)}; by resume=anyway this data is begun at its first epoch"
-                if "sources" in changed
-                else f"{' and '.join(self._names)} has other files or annotations than when the position was saved; "
-                "by resume=anyway it is begun at its first epoch"
-            )
+            raise ConfigError(f"{changed}; by resume=anyway this data is begun at its first epoch")
         if (ranks := len(state["cursors"]) // state["workers"]) != dist.world_size() and dist.is_main():
             log.warning(
                 "a step had the batches of %d ranks when the run was saved, and has those of %d now: to keep their "
@@ -207,7 +206,7 @@ class Loader:
         self._reset_window()
         self._before, self._saved = Counter(state["report"]), Counter(state["report"])
         if changed:
-            log.warning("%s: other data than before, begun at its first epoch", " and ".join(self._names))
+            log.warning("%s: it is begun at its first epoch", changed)
             return
         cursors = [Cursor(w, tuple(Place(*p) for p in places), n) for w, places, n in state["cursors"]]
         past = [tuple(Layout(n, tuple((e, f, s) for e, f, s in ends)) for n, ends in of) for of in state["past"]]

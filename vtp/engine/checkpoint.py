@@ -99,9 +99,7 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             _sync(self.folder)
-            for old in complete(self.folder)[: -self.keep]:
-                if not self.keep_every or _step(old) % self.keep_every:
-                    shutil.rmtree(old)
+            self._remove_old()
         except BaseException as error:  # DCP wraps what a rank met in a class of its own that is no Exception
             reason = _reason(error)
             if dist.is_main():
@@ -112,10 +110,18 @@ class Checkpoints:
             say(message)
             raise CheckpointError(message) from None
 
+    def _remove_old(self) -> None:
+        for old in complete(self.folder)[: -self.keep]:
+            if not self.keep_every or _step(old) % self.keep_every:
+                try:
+                    shutil.rmtree(old)
+                except OSError as error:
+                    say(f"{old} is no longer needed and could not be removed ({error})")
+
 
 def complete(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = (p for p in folder.glob("step_*") if _NAME.fullmatch(p.name) and (p / MANIFEST).is_file())  # no copies
+    """Checkpoints that were written whole, oldest first; what happened to their files since, `newest` finds out."""
+    found = (path for path in folder.glob("step_*") if _NAME.fullmatch(path.name))  # not step_best, somebody's copy
     return sorted(found, key=lambda path: (len(path.name), path.name))  # names have 7 digits or more
 
 
@@ -176,11 +182,15 @@ def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or nothing."""
     try:
         expected = json.loads((path / MANIFEST).read_text())["sha256"]
+        if not {PROGRESS, ".metadata"} <= expected.keys():
+            return f"{MANIFEST} does not name all files"
         for name, sha256 in expected.items():
             if file_sha256(path / name) != sha256:
                 return f"{name} has changed"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
+    except OSError as error:
+        return f"{Path(error.filename or path).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST}: {type(error).__name__}: {error}"
     return None
 
 

@@ -47,8 +47,8 @@ class MetricsLog:
 
     def __init__(self, run: Path, resumed_step: int, tensorboard: bool = False, wandb: bool = False) -> None:
         self.path = run / "metrics.jsonl"
-        kept = [line for line in self._lines() if line["step"] <= resumed_step]
         if dist.is_main():
+            kept = self._lines(resumed_step)
             part = self.path.with_suffix(".part")  # a kill or a full disk leaves the lines there are
             part.write_text("".join(json.dumps(line) + "\n" for line in kept))
             part.replace(self.path)
@@ -60,15 +60,14 @@ class MetricsLog:
         self._written: Future[None] | None = None
         self._waiting: list[str] = []
 
-    def _lines(self) -> list[dict[str, Any]]:
-        if not self.path.is_file():
-            return []
+    def _lines(self, last: int) -> list[dict[str, Any]]:
+        """Those up to a step; what is no line of this record, as a kill cut it short, is left out."""
         lines = []
-        for text in self.path.read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:  # the line a kill cut short
-                continue
+        for text in self.path.read_text(errors="replace").splitlines() if self.path.is_file() else []:
+            with suppress(ValueError, TypeError, KeyError):
+                line = json.loads(text)
+                if line["step"] <= last:
+                    lines.append(line)
         return lines
 
     def write(self, step: int, values: dict[str, float]) -> None:

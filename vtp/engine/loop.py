@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -55,6 +55,7 @@ class Learner(Protocol):
     def step(self, batch: Any, step: int) -> Mapping[str, Tensor | float]:
         """Learn from one batch; returns what to log, as tensors (no host synchronisation).
 
+        Where `total` or `grad_norm` is not finite nothing was learned; other values need not be finite.
         `ideal_seconds`, if there, is what the step would last at the machine's matmul rate; it becomes `utilisation`.
         """
 
@@ -79,6 +80,7 @@ class NonFiniteError(RuntimeError):
     """Losses or gradients stay NaN or infinite; the last good checkpoint is kept."""
 
 
+DECISIVE = ("total", "grad_norm")
 CONFIG, NEW_CONFIG = "config.yaml", ".config.yaml.new"
 
 
@@ -105,8 +107,8 @@ def _alone(out: Path) -> Iterator[None]:
 def open_run(cfg: Any, resume: str, ignore: tuple[str, ...] = ()) -> Iterator[Path]:
     """The run folder `cfg.out`, made or reopened and held against other processes while the block runs.
 
-    config.yaml and environment.json are saved in it. The configuration of a run to be resumed is replaced by `train`,
-    when its checkpoint was loaded.
+    config.yaml and environment.json are saved in it; the former by `train`, when the checkpoint, if there is one, was
+    loaded.
 
     Args:
         cfg: The program's configuration dataclass, with a field `out`.
@@ -124,10 +126,15 @@ def open_run(cfg: Any, resume: str, ignore: tuple[str, ...] = ()) -> Iterator[Pa
     out = Path(cfg.out)
     with _alone(out):
         saved = out / CONFIG
-        resumed = False
-        if saved.is_file() and any((out / "checkpoints").glob("*step_*")):
-            if resume == "never":
-                raise ConfigError(f"{out} already holds a run; choose another out=, delete it, or set resume=auto")
+        resumed = any((out / "checkpoints").glob("[!.]*"))  # hidden is a first save that was killed
+        if resumed and resume == "never":
+            raise ConfigError(f"{out} already holds a run; choose another out=, delete it, or set resume=auto")
+        if resumed and not saved.is_file() and resume != "anyway":
+            raise ConfigError(
+                f"{out} holds checkpoints and no {CONFIG}, so what they were trained by is not known; put it back, "
+                "choose another out=, or go on with this configuration by resume=anyway"
+            )
+        if resumed and saved.is_file():
             before = config.load(saved, type(cfg)())
             changed = config.differences(before, cfg, ignore=("resume", "out", *ignore))
             if changed and resume != "anyway":
@@ -137,13 +144,16 @@ def open_run(cfg: Any, resume: str, ignore: tuple[str, ...] = ()) -> Iterator[Pa
                 )
             for difference in config.differences(before, cfg, ignore=("resume", "out")):
                 say(f"changed since the run began: {difference}")
-            resumed = True
         dist.barrier()  # all ranks have looked before one writes
         if dist.is_main():
-            write_text(out / NEW_CONFIG if resumed else saved, config.dump(cfg))
+            write_text(out / NEW_CONFIG, config.dump(cfg))
             write_text(out / "environment.json", json.dumps(environment(), indent=2))
         dist.barrier()
-        yield out
+        try:
+            yield out
+        finally:
+            if dist.is_main():
+                (out / NEW_CONFIG).unlink(missing_ok=True)  # of a run that did not come to train
 
 
 def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopConfig, out: Path, title: str) -> None:
@@ -170,11 +180,11 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
         progress = checkpoint.load(found, learner.tensors())
         if progress["step"] > steps:
             raise ConfigError(f"{found} is beyond steps={steps}; ask for more steps, or choose another out=")
-        if dist.is_main() and (out / NEW_CONFIG).is_file():
-            (out / NEW_CONFIG).replace(out / CONFIG)
         batches.load_state_dict(progress["batches"])
         done, images, seconds, skipped = (progress[name] for name in ("step", "images", "seconds", "skipped"))
         say(f"resumed {found}")
+    if dist.is_main() and (out / NEW_CONFIG).is_file():
+        (out / NEW_CONFIG).replace(out / CONFIG)
     log = MetricsLog(out, done, loop.tensorboard, loop.wandb)
     window: list[Mapping[str, Tensor | float]] = []
     due: _Reading | None = None
@@ -198,11 +208,12 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
         """Add a window to the record; whether its last step was finite."""
         nonlocal skipped, in_a_row, waited, window_started
         finite, values = reading.mean()
+        bad = [name for name, value in values.items() if not np.isfinite(value)] or ["a loss or gradient"]
+        hopeless = False
         for good in finite:
             skipped, in_a_row = skipped + (not good), 0 if good else in_a_row + 1
-            if in_a_row > loop.max_skipped or skipped == steps:
-                bad = [name for name, value in values.items() if not np.isfinite(value)] or ["a loss or gradient"]
-                raise _stopped(bad, f"in {in_a_row} steps in a row before step {reading.step}", checkpoints)
+            if hopeless := in_a_row > loop.max_skipped or skipped == steps:
+                break
         now = time.perf_counter()
         lasted = now - window_started
         if "ideal_seconds" in values:
@@ -214,6 +225,8 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
         values["memory_gb"] = peak_memory()
         values["seconds"] = clock()
         log.write(reading.step, values)
+        if hopeless:
+            raise _stopped(bad, f"in {in_a_row} steps in a row before step {reading.step}", checkpoints)
         waited, window_started = 0.0, now
         status = f"loss {values['total']:.3f}  {values['images_per_second']:.0f} images/s"
         bar.update(task, status=status)
@@ -284,7 +297,7 @@ class _Reading:
         table = table.view(-1, len(self._names))
         if dist.world_size() > 1:
             table = dist.sum_(table) / dist.world_size()
-        finite = table.isfinite().all(1)
+        finite = table[:, [name in DECISIVE for name in self._names]].isfinite().all(1)
         means = (table[finite] if finite.any() else table).mean(0)
         return finite.tolist(), dict(zip(self._names, means.tolist(), strict=True))
 
@@ -305,7 +318,8 @@ def _not_finite(tensors: Mapping[str, Any]) -> list[str]:
 
 
 def _stopped(bad: list[str], when: str, checkpoints: checkpoint.Checkpoints) -> NonFiniteError:
-    checkpoints.wait()
+    with suppress(checkpoint.CheckpointError):  # which was said
+        checkpoints.wait()
     named = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
     found = checkpoint.complete(checkpoints.folder)
     kept = f"the last good checkpoint is {found[-1]}" if found else "no checkpoint had been written yet"

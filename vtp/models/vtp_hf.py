@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -446,6 +447,8 @@ def publish(model: VTPModel, folder: Path, weights: Mapping[str, Tensor] | None 
     Other files in it stay, and those of before until the new ones are whole.
     """
     folder.mkdir(parents=True, exist_ok=True)  # of a file in the way transformers merely logs
+    for left in folder.glob(".new_*"):  # by one that was killed
+        shutil.rmtree(left)
     with TemporaryDirectory(prefix=".new_", dir=folder) as name:
         model.save_pretrained(name, state_dict=None if weights is None else dict(weights))
         VTPImageProcessor(model.config.image_size).save_pretrained(name)

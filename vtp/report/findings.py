@@ -153,8 +153,7 @@ def _subject(result: Mapping[str, Any]) -> str:
     if isinstance(protocol, Mapping):
         if isinstance(protocol.get("features"), str):
             parts.append(protocol["features"].partition(":")[0] + " features")
-        if isinstance(protocol.get("cfg_scale"), int | float):
-            parts.append(f"guidance {protocol['cfg_scale']:g}")
+        parts.append(guidance(protocol)[1])
     return ", ".join(part for part in parts if part)
 
 
@@ -286,6 +285,14 @@ def understands(run: Run) -> bool | None:
     return any(weights.get(name, 0) > 0 for name in ("clip", "ssl"))
 
 
+def guidance(protocol: Mapping[str, Any], otherwise: str = "") -> tuple[float, str]:
+    """The scale by which samples were guided, and in words; (inf, otherwise) where their files do not say."""
+    scale = protocol.get("cfg_scale")
+    if not isinstance(scale, int | float):
+        return math.inf, otherwise
+    return float(scale), "no guidance" if scale == 1 else f"guidance {scale:g}"
+
+
 def distances(run: Run) -> list[Distances]:
     """Distances of samples, reconstructions and real images; for every way samples were drawn, the least guided first.
 
@@ -298,9 +305,8 @@ def distances(run: Run) -> list[Distances]:
         if name is None:
             continue
         protocol = result["protocol"] if isinstance(result.get("protocol"), Mapping) else {}
-        scale, features = protocol.get("cfg_scale"), re.sub(r"^g(?=fi?d)", "", name)
-        scale = float(scale) if isinstance(scale, int | float) else math.inf
-        how = stem if scale == math.inf else "no guidance" if scale == 1 else f"guidance {scale:g}"
+        features = re.sub(r"^g(?=fi?d)", "", name)
+        scale, how = guidance(protocol, otherwise=stem)
         among = (metrics[name], metrics.get(f"reconstructed.{name}"), metrics.get(f"real.{name}"))
         network = str(protocol.get("extractor", features))
         found.append((scale, Distances(features, network, how, protocol.get("num"), *among)))

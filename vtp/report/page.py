@@ -470,23 +470,29 @@ def _mark(hit: Hit) -> str:
 
 
 def _generation(runs: Sequence[Run], groups: Sequence[Group]) -> str:
-    sheets = ""
-    real_shown = False
+    real = ""
+    sheets: dict[tuple[float, str], str] = {}  # by how the samples were drawn: runs are compared within one
     folders = sorted({folder.name for run in runs for folder in run.path.glob("samples*") if folder.is_dir()})
     for name, (index, run) in product(folders, enumerate(runs)):
         drawn = _samples(run, name)
         if drawn is None:
             continue
-        if not real_shown:
-            sheets += _real_sheet(run, groups, list(drawn[0]))
-            real_shown = True
-        sheets += f"<div>{markup.key(index, run)}{markup.sheet(drawn[0])}<p class='note'>{escape(drawn[1])}</p></div>"
-    figures = _distance_table(runs)
-    return figures + (f'<div class="columns">{sheets}</div>' if sheets else "")
+        pictures, protocol = drawn
+        real = real or _real_sheet(run, groups, list(pictures))
+        keys = ("num", "sampler", "steps", "shift", "cfg_scale", "seed")
+        said = ", ".join(f"{key.replace('_', ' ')} {protocol[key]}" for key in keys if key in protocol)
+        how = findings.guidance(protocol, otherwise=name)
+        sheet = f"<div>{markup.key(index, run)}{markup.sheet(pictures)}<p class='note'>{escape(said)}</p></div>"
+        sheets[how] = sheets.get(how, "") + sheet
+    html = "".join(
+        f'<h3>Samples, {escape(words)}</h3><div class="columns">{sheet}</div>'
+        for (_, words), sheet in sorted(sheets.items())
+    )
+    return _distance_table(runs) + (f'<div class="columns">{real}</div>' if real else "") + html
 
 
-def _samples(run: Run, name: str) -> tuple[dict[str, list[UInt8[ndarray, "h w 3"]]], str] | None:
-    """(samples of each class, how they were drawn); None where the run has none."""
+def _samples(run: Run, name: str) -> tuple[dict[str, list[UInt8[ndarray, "h w 3"]]], dict[str, Any]] | None:
+    """(samples of each class, the protocol they were drawn by); None where the run has none."""
     folder = run.path / name
     if not folder.is_dir():
         return None
@@ -503,9 +509,7 @@ def _samples(run: Run, name: str) -> tuple[dict[str, list[UInt8[ndarray, "h w 3"
     if not files:
         run.notes.append(f"{name}/ holds no pictures.")
         return None
-    keys = ("num", "sampler", "steps", "shift", "cfg_scale", "seed")
-    drawn = ", ".join(f"{key.replace('_', ' ')} {protocol[key]}" for key in keys if key in protocol)
-    return {name: images for name, images in list(by_class.items())[:16] if images}, drawn
+    return {name: images for name, images in list(by_class.items())[:16] if images}, protocol
 
 
 def _real_sheet(run: Run, groups: Sequence[Group], names: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from vtp.data.loader import Loader
 from vtp.data.sources import open_source
 from vtp.objectives import prototypes
 from vtp.objectives.clip import clip_loss
+from vtp.pretrain import learner as learner_module
 from vtp.pretrain.config import Weights
 from vtp.pretrain.learner import PretrainLearner
 from vtp.pretrain.objectives import Pretraining
@@ -51,6 +52,26 @@ def test_each_corner_has_its_losses_and_owns_nothing_else(tiny, name):
     idle = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert idle == []
     assert not any(p.grad is not None for p in model.teacher.parameters())
+
+
+@pytest.mark.parametrize("ae_only", [True, False], ids=["before the bottleneck", "behind it"])
+@pytest.mark.parametrize("contrast", ["clip", "siglip"])
+@pytest.mark.parametrize("off", ["", "clip", "ssl", "rec", "clip ssl", "clip rec", "ssl rec"])
+def test_all_that_is_trained_has_a_gradient(tiny, off, contrast, ae_only, monkeypatch):
+    """DDP waits for the gradient of every parameter that asks for one."""
+    weights = replace(tiny.weights, **dict.fromkeys(off.split(), 0.0))
+    vision = replace(tiny.model.vision, bottleneck_ae_only=ae_only)
+    model = replace(tiny.model, vision=vision, init_logit_bias=-10.0)
+    cfg = replace(tiny, weights=weights, contrast=contrast, model=model)
+    without = []
+
+    def update(optimizer, parameters, clip_grad):
+        without.extend(p.shape for p in parameters if p.grad is None)
+        return torch.zeros(())
+
+    monkeypatch.setattr(learner_module, "update", update)
+    PretrainLearner(cfg, torch.device("cpu")).learn(a_batch(cfg), 1)
+    assert without == []
 
 
 def test_without_a_perceptual_loss_an_auto_encoder_has_no_teacher(tiny):

@@ -59,7 +59,7 @@ class BatchConfig:
     rec: int = 64
 
     def __post_init__(self) -> None:
-        within(self, "clip ssl rec", 0)
+        within(self, "clip ssl rec", 0, 2**31)
         if self.pairs == 0:
             raise ConfigError("batch.clip, batch.ssl and batch.rec are all 0; there is nothing to learn from")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -53,6 +54,7 @@ def parallelise(
     mesh = init_device_mesh(device.type, (dist.world_size(),)) if shard else None
     if cfg.compile:
         torch._dynamo.config.recompile_limit = VARIANTS
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no GPU
     for block in blocks:
         if cfg.recompute:
             marked: Any = block

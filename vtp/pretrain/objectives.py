@@ -87,6 +87,11 @@ class Pretraining(nn.Module):
         self.perceive = load_perceptual(perceptual) if perceptual not in ("teacher", "none") else None
         if weights.ssl > 0 or self.teacher_perceives:
             self.teacher = EMATeacher(followed)
+        # What no objective reads is not trained: DDP would wait for its gradient.
+        if weights.rec == 0 and vision.bottleneck_ae_only and self.student.trunk.feature_bottleneck is not None:
+            self.student.trunk.feature_bottleneck.requires_grad_(False)
+        if weights.clip > 0 and cfg.contrast == "clip" and self.student.logit_bias is not None:
+            self.student.logit_bias.requires_grad_(False)
         # A tuple hides the student's modules from registration: they are already children of `student` and `self`.
         self._followed = (followed,)
 

@@ -25,7 +25,7 @@ from vtp.pretrain.run import open_loader
 
 OBJECTIVES = ("clip", "rec", "ssl", "teacher")  # the ranges inside `forward`; the innermost counts
 BACKWARD = "autograd::engine::evaluate_function"  # a node of the backward pass, and what it calls
-WARM_UP = 2
+WARM_UP, WARM_UP_MOST = 2, 50  # steps; the latter where each still compiles
 OPERATORS = 12
 
 
@@ -51,16 +51,22 @@ def profile_step(cfg: PretrainConfig, out: Path, steps: int) -> Group:
             batch = next(stream)
         learner.step(batch, i)
 
+    def compiled() -> int:
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"] if cfg.parallel.compile else 0
+
     def synchronise() -> None:
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
 
-    for i in range(WARM_UP):
-        step(i)
+    first = 0  # step that is looked at: behind the warm-up and the last that compiled
+    while first < WARM_UP or (first < WARM_UP_MOST and dist.sum_(torch.tensor(compiled() - before)) > 0):
+        before = compiled()
+        step(first)
+        first += 1
     synchronise()
     with profile(activities=activities, acc_events=True) as profiler:
         start = time.perf_counter()
-        for i in range(WARM_UP, WARM_UP + steps):
+        for i in range(first, first + steps):
             step(i)
         synchronise()
         milliseconds = 1e3 * (time.perf_counter() - start) / steps

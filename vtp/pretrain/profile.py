@@ -58,11 +58,11 @@ def profile_step(cfg: PretrainConfig, out: Path, steps: int) -> Group:
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
 
-    first = 0  # step that is looked at: behind the warm-up and the last that compiled
-    while first < WARM_UP or (first < WARM_UP_MOST and dist.sum_(torch.tensor(compiled() - before)) > 0):
+    first, new = 0, True  # the step that is looked at: behind the warm-up and the last that compiled
+    while first < WARM_UP or (new and first < WARM_UP_MOST):
         before = compiled()
         step(first)
-        first += 1
+        first, new = first + 1, bool(dist.sum_(torch.tensor(compiled() - before)) > 0)
     synchronise()
     with profile(activities=activities, acc_events=True) as profiler:
         start = time.perf_counter()

@@ -122,7 +122,9 @@ def test_pictures_of_the_right_size_come_back_as_they_were(do_center_crop):
 
 def test_published_folders_hold_it(tmp_path, caplog):
     config = VTPConfig.from_model_config(tiny_model(train_clip=False))
+    (tmp_path / ".new_killed").mkdir()  # left by a publication that was killed
     publish(VTPModel(config), tmp_path)
+    assert not any(tmp_path.glob(".*"))
     assert json.loads((tmp_path / "preprocessor_config.json").read_text()) == {
         "do_center_crop": False,
         "image_mean": [0.485, 0.456, 0.406],

@@ -148,7 +148,7 @@ def pick_device(name: str) -> torch.device:
             device = torch.device(name)
             torch.empty(1, device=device).item()  # where there is memory; on meta there is none
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0].partition(". ")[0]  # what follows is for who builds torch
             raise ConfigError(f"device={name} cannot be used ({reason}); use auto, cpu or cuda") from None
         return device
     return torch.device("cuda", dist.local_rank()) if torch.cuda.is_available() else torch.device("cpu")

@@ -127,14 +127,15 @@ def open_run(cfg: Any, resume: str, ignore: tuple[str, ...] = ()) -> Iterator[Pa
     with _alone(out):
         saved = out / CONFIG
         resumed = any((out / "checkpoints").glob("[!.]*"))  # hidden is a first save that was killed
+        known = saved.is_file()
         if resumed and resume == "never":
             raise ConfigError(f"{out} already holds a run; choose another out=, delete it, or set resume=auto")
-        if resumed and not saved.is_file() and resume != "anyway":
+        if resumed and not known and resume != "anyway":
             raise ConfigError(
                 f"{out} holds checkpoints and no {CONFIG}, so what they were trained by is not known; put it back, "
                 "choose another out=, or go on with this configuration by resume=anyway"
             )
-        if resumed and saved.is_file():
+        if resumed and known:
             before = config.load(saved, type(cfg)())
             changed = config.differences(before, cfg, ignore=("resume", "out", *ignore))
             if changed and resume != "anyway":
@@ -204,15 +205,16 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
             raise _stopped(bad, f"after step {step}", checkpoints)
         checkpoints.save(step, tensors, progress)
 
+    def hopeless() -> bool:
+        return in_a_row > loop.max_skipped or skipped == steps
+
     def settle(reading: _Reading) -> bool:
         """Add a window to the record; whether its last step was finite."""
         nonlocal skipped, in_a_row, waited, window_started
         finite, values = reading.mean()
-        bad = [name for name, value in values.items() if not np.isfinite(value)] or ["a loss or gradient"]
-        hopeless = False
         for good in finite:
             skipped, in_a_row = skipped + (not good), 0 if good else in_a_row + 1
-            if hopeless := in_a_row > loop.max_skipped or skipped == steps:
+            if hopeless():
                 break
         now = time.perf_counter()
         lasted = now - window_started
@@ -225,7 +227,8 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
         values["memory_gb"] = peak_memory()
         values["seconds"] = clock()
         log.write(reading.step, values)
-        if hopeless:
+        if hopeless():
+            bad = [name for name, value in values.items() if not np.isfinite(value)] or ["a loss or gradient"]
             raise _stopped(bad, f"in {in_a_row} steps in a row before step {reading.step}", checkpoints)
         waited, window_started = 0.0, now
         status = f"loss {values['total']:.3f}  {values['images_per_second']:.0f} images/s"

@@ -477,12 +477,12 @@ def _generation(runs: Sequence[Run], groups: Sequence[Group]) -> str:
         drawn = _samples(run, name)
         if drawn is None:
             continue
-        pictures, protocol = drawn
-        real = real or _real_sheet(run, groups, list(pictures))
+        by_class, protocol = drawn
+        real = real or _real_sheet(run, groups, list(by_class))
         keys = ("num", "sampler", "steps", "shift", "cfg_scale", "seed")
         said = ", ".join(f"{key.replace('_', ' ')} {protocol[key]}" for key in keys if key in protocol)
         how = findings.guidance(protocol, otherwise=name)
-        sheet = f"<div>{markup.key(index, run)}{markup.sheet(pictures)}<p class='note'>{escape(said)}</p></div>"
+        sheet = f"<div>{markup.key(index, run)}{markup.sheet(by_class)}<p class='note'>{escape(said)}</p></div>"
         sheets[how] = sheets.get(how, "") + sheet
     html = "".join(
         f'<h3>Samples, {escape(words)}</h3><div class="columns">{sheet}</div>'

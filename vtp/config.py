@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from itertools import accumulate
@@ -14,10 +15,17 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from omegaconf import DictConfig, ListConfig, OmegaConf, StringNode
+from omegaconf import DictConfig, ListConfig, LiteralNode, OmegaConf, StringNode
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationKeyError, OmegaConfBaseException
 
 T = TypeVar("T")
+
+PLAIN = {  # OmegaConf's words for what a user has done, and ours
+    r"Value '\$VALUE' of type '\$VALUE_TYPE'": "a value",
+    r"Invalid value assigned: \w+ is not a TupleConfig.*": "a list belongs here, such as [0.5, 1.0]",
+    r"TupleConfig length (\d+) does not match type hint length (\d+)": r"\2 values belong here, not \1",
+    r"Incompatible value 'None' for field of type '(\w+)'": r"a value of type \1 is missing",
+}
 
 
 class ConfigError(ValueError):
@@ -114,7 +122,7 @@ def _read(file: Path) -> DictConfig:
 
 
 def _parse(conf: DictConfig, word: str) -> DictConfig:
-    """`a.b=value` -> {a: {b: value}}, the value read as YAML; a field that is a string takes the word as it stands."""
+    """`a.b=value` -> {a: {b: value}}, the value read as YAML; a field for words takes the word as it stands."""
     key, equals, value = word.partition("=")
     if not equals or not key.strip() or key.startswith("-"):
         raise ConfigError(f"'{word}' is not an override; write key=value, for example steps=100")
@@ -123,7 +131,7 @@ def _parse(conf: DictConfig, word: str) -> DictConfig:
         node = node._get_node(name) if isinstance(node, DictConfig) and not node._is_none() and name in node else None
     try:
         parsed = OmegaConf.from_dotlist([word])
-        if isinstance(node, StringNode) and not isinstance(OmegaConf.select(parsed, key), str | None):
+        if isinstance(node, StringNode | LiteralNode) and not isinstance(OmegaConf.select(parsed, key), str | None):
             OmegaConf.update(parsed, key, value)  # data=0001 is a folder, not the number 1
         return parsed
     except InterpolationKeyError:
@@ -180,7 +188,9 @@ def _one_line(error: Exception, said: str = "") -> str:
     own = ("object_type", "reference_type", "full_key")
     text = "; ".join(line for line in lines if line and not line.startswith(own))
     key = getattr(error, "full_key", None)
-    return (said or (f"{key}: " if key else "")) + text.replace("Value '$VALUE' of type '$VALUE_TYPE'", "a value")
+    for words, plain in PLAIN.items():
+        text = re.sub(words, plain, text)
+    return (said or (f"{key}: " if key else "")) + text
 
 
 def _unfreeze(conf: Any) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vtp import config
 from vtp.config import ConfigError
 from vtp.engine import checkpoint
 from vtp.engine.logging import MACHINE, MetricsLog, say
@@ -299,15 +300,19 @@ def test_a_checkpoint_without_a_manifest_is_damaged_and_no_run_begins_anew_over_
     assert science(tmp_path) == straight
 
 
-def test_an_old_checkpoint_that_cannot_be_removed_is_said_and_ends_nothing(tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_that_cannot_be_removed_is_said_and_ends_nothing(tmp_path, monkeypatch, capsys):
+    kept = ["step_0000005", ".step_0000001.partial"]
+    (tmp_path / "checkpoints" / kept[1]).mkdir(parents=True)
+
     def refusing(path, remove=shutil.rmtree, **options):
-        if Path(path).name == "step_0000005" and Path(path).exists():
+        if Path(path).name in kept and Path(path).exists():
             raise PermissionError(13, "Permission denied", str(path))
         remove(path, **options)
 
     monkeypatch.setattr(shutil, "rmtree", refusing)
     train(Line(), Counting(), 20, 0, LOOP, tmp_path, "t")
-    assert "step_0000005 is no longer needed and could not be removed" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert all(f"{name} is not needed and could not be removed (Permission denied)" in said for name in kept)
     assert checkpoint.complete(tmp_path / "checkpoints")[-1].name == "step_0000020"
 
 
@@ -323,6 +328,17 @@ def test_a_manifest_of_another_shape_is_damage(tmp_path, manifest):
     (tmp_path / "step_0000001" / checkpoint.MANIFEST).write_text(manifest)
     with pytest.raises(checkpoint.CheckpointError, match="all checkpoints in .* are damaged"):
         checkpoint.newest(tmp_path)
+
+
+def test_a_manifest_that_names_not_all_tensors_is_damage(tmp_path, capsys):
+    train(Line(), Counting(), 20, 0, LOOP, tmp_path, "t")
+    *_, older, newer = checkpoint.complete(tmp_path / "checkpoints")
+    manifest = json.loads((newer / checkpoint.MANIFEST).read_text())
+    (newer / "__0_0.distcp").unlink()
+    del manifest["sha256"]["__0_0.distcp"]
+    (newer / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    assert checkpoint.newest(tmp_path / "checkpoints") == older
+    assert "does not name all files" in " ".join(capsys.readouterr().err.split())
 
 
 def test_lines_keep_brackets_and_length(capsys):
@@ -368,10 +384,16 @@ def test_a_run_folder_refuses_another_configuration_unless_told(tmp_path, capsys
     with pytest.raises(ZeroDivisionError), open_run(Config(out=cfg.out, width=9), "anyway") as out:
         raise ZeroDivisionError  # before `train` has loaded a checkpoint
     assert "width: 8" in (out / CONFIG).read_text() and not (out / NEW_CONFIG).exists()
-    (out / CONFIG).unlink()
-    with pytest.raises(ConfigError, match="holds checkpoints and no config.yaml"):
-        opened(cfg, "auto")
-    opened(cfg, "anyway")
+    for spoil, reason in (
+        (lambda: (out / CONFIG).write_bytes(b"width: [\xff"), "is not valid YAML"),
+        (lambda: (out / CONFIG).write_text("breadth: 8"), "unknown key 'breadth'"),
+        (lambda: (out / CONFIG).unlink(), "no configuration file at"),
+    ):
+        spoil()
+        with pytest.raises(ConfigError, match=f"holds checkpoints, .* is not known .*{reason}.* put config.yaml back"):
+            opened(cfg, "auto")
+        opened(cfg, "anyway")
+        assert reason in capsys.readouterr().err and config.load(out / CONFIG, Config()).width == 8
 
 
 def test_decay_is_for_matrices_only():

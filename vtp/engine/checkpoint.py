@@ -44,7 +44,7 @@ class Checkpoints:
         if dist.is_main():
             folder.mkdir(parents=True, exist_ok=True)
             for partial in folder.glob(".step_*.partial"):
-                shutil.rmtree(partial)
+                _discard(partial)
         # Its collectives run beside those of the step, so they need a group of their own.
         self._group = td.new_group(backend="gloo") if dist.world_size() > 1 else None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -113,10 +113,7 @@ class Checkpoints:
     def _remove_old(self) -> None:
         for old in complete(self.folder)[: -self.keep]:
             if not self.keep_every or _step(old) % self.keep_every:
-                try:
-                    shutil.rmtree(old)
-                except OSError as error:
-                    say(f"{old} is no longer needed and could not be removed ({error})")
+                _discard(old)
 
 
 def complete(folder: Path) -> list[Path]:
@@ -174,6 +171,13 @@ def load(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
     return json.loads((path / PROGRESS).read_text())
 
 
+def _discard(path: Path) -> None:
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        say(f"{path} is not needed and could not be removed ({error.strerror})")
+
+
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
@@ -182,16 +186,20 @@ def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or nothing."""
     try:
         expected = json.loads((path / MANIFEST).read_text())["sha256"]
-        if not {PROGRESS, ".metadata"} <= expected.keys():
-            return f"{MANIFEST} does not name all files"
         for name, sha256 in expected.items():
             if file_sha256(path / name) != sha256:
                 return f"{name} has changed"
+        if not {PROGRESS, ".metadata"} <= expected.keys() or not _tensor_files(path) <= expected.keys():
+            return f"{MANIFEST} does not name all files"
     except OSError as error:
         return f"{Path(error.filename or path).name}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST}: {type(error).__name__}: {error}"
     return None
+
+
+def _tensor_files(path: Path) -> set[str]:
+    return {stored.relative_path for stored in dcp.FileSystemReader(path).read_metadata().storage_data.values()}
 
 
 def _to_disk(folder: Path) -> None:

@@ -125,26 +125,11 @@ def open_run(cfg: Any, resume: str, ignore: tuple[str, ...] = ()) -> Iterator[Pa
     """
     out = Path(cfg.out)
     with _alone(out):
-        saved = out / CONFIG
         resumed = any((out / "checkpoints").glob("[!.]*"))  # hidden is a first save that was killed
-        known = saved.is_file()
         if resumed and resume == "never":
             raise ConfigError(f"{out} already holds a run; choose another out=, delete it, or set resume=auto")
-        if resumed and not known and resume != "anyway":
-            raise ConfigError(
-                f"{out} holds checkpoints and no {CONFIG}, so what they were trained by is not known; put it back, "
-                "choose another out=, or go on with this configuration by resume=anyway"
-            )
-        if resumed and known:
-            before = config.load(saved, type(cfg)())
-            changed = config.differences(before, cfg, ignore=("resume", "out", *ignore))
-            if changed and resume != "anyway":
-                raise ConfigError(
-                    f"{out} holds a run with another configuration ({'; '.join(changed)}); choose another out= or "
-                    "delete it, or go on with the new one by resume=anyway"
-                )
-            for difference in config.differences(before, cfg, ignore=("resume", "out")):
-                say(f"changed since the run began: {difference}")
+        if resumed:
+            _compare(out / CONFIG, cfg, resume, ignore)
         dist.barrier()  # all ranks have looked before one writes
         if dist.is_main():
             write_text(out / NEW_CONFIG, config.dump(cfg))
@@ -155,6 +140,28 @@ def open_run(cfg: Any, resume: str, ignore: tuple[str, ...] = ()) -> Iterator[Pa
         finally:
             if dist.is_main():
                 (out / NEW_CONFIG).unlink(missing_ok=True)  # of a run that did not come to train
+
+
+def _compare(saved: Path, cfg: Any, resume: str, ignore: tuple[str, ...]) -> None:
+    """Say in what a run's saved configuration differs from `cfg`; refuse what may not, unless `resume` is `anyway`."""
+    try:
+        before = config.load(saved, type(cfg)())
+    except ConfigError as error:
+        if resume == "anyway":
+            say(f"{error}; what has changed since the run began cannot be told")
+            return
+        raise ConfigError(
+            f"{saved.parent} holds checkpoints, and what they were trained by is not known ({error}); put {CONFIG} "
+            "back, choose another out=, or go on with this configuration by resume=anyway"
+        ) from None
+    changed = config.differences(before, cfg, ignore=("resume", "out", *ignore))
+    if changed and resume != "anyway":
+        raise ConfigError(
+            f"{saved.parent} holds a run with another configuration ({'; '.join(changed)}); choose another out= or "
+            "delete it, or go on with the new one by resume=anyway"
+        )
+    for difference in config.differences(before, cfg, ignore=("resume", "out")):
+        say(f"changed since the run began: {difference}")
 
 
 def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopConfig, out: Path, title: str) -> None:

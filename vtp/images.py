@@ -16,8 +16,8 @@ BILINEAR, BICUBIC, BOX = 2, 3, 4
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = x.dtype if x.is_floating_point() else torch.float32
-    mean, std = (torch.tensor(v, dtype=dtype, device=x.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    both = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], dtype=x.dtype if x.is_floating_point() else torch.float32)
+    mean, std = both[..., None, None].to(x.device, non_blocking=True)  # made on a GPU it would be waited for
     return mean, std
 
 

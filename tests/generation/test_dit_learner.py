@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.meta import META, NothingWaits, usable
 from vtp.config import ConfigError
 from vtp.engine.loop import LoopConfig, reseed
 from vtp.generation.config import DiTSize, DiTTrainConfig
@@ -47,6 +48,19 @@ def test_half_of_the_latents_are_mirrored_unless_switched_off(latents):
         return sum(any(torch.equal(row, p) for p in plain) for row in batch) / 40
 
     assert share_of_plain(False) == 1 and 0.25 < share_of_plain(True) < 0.75
+
+
+def test_a_step_reads_nothing_from_its_device(latents, monkeypatch):
+    usable(monkeypatch)
+    folder = Latents(latents)
+    shape = DiTConfig(input_size=2, in_channels=6, hidden_size=32, depth=2, num_heads=2, num_classes=8)
+    cfg = DiTTrainConfig(steps=2, batch_size=8, precision="fp32", optim=dit_quickstart().optim)
+    learner = DiTLearner(cfg, LightningDiT(shape), folder, META)
+    batches = iter(LatentBatches(folder, 8, seed=0, flip=True))
+    with NothingWaits():
+        for i in range(2):
+            read = learner.step(next(batches), i + 1)
+    assert read["total"].device == META
 
 
 def test_loss_falls_when_two_latents_are_learned_by_heart(latents):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -331,6 +332,33 @@ def dying(self, momentum):
 Pretraining.follow = dying
 main(["pretrain", sys.argv[1]])
 """
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_to_the_run_and_its_workers_ends_it_behind_a_saved_step(tiny, tmp_path, sent, code):
+    """As `scancel`, torchrun and a terminal send it: to all processes at once."""
+    cfg = replace(tiny, workers=2, steps=100_000, loop=LoopConfig(log_every=1, save_every=5))
+    (tmp_path / "tiny.yaml").write_text(config.dump(cfg))
+    process = subprocess.Popen(
+        # A shell's background jobs are deaf to SIGINT.
+        [sys.executable, "-c", "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+         "from vtp.cli import main; main(sys.argv[1:])", "pretrain", str(tmp_path / "tiny.yaml")],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    folder, deadline = tmp_path / "run/checkpoints", time.monotonic() + 100
+    while not checkpoint.complete(folder):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, sent)
+    said = " ".join(process.communicate(timeout=60)[1].split())
+    done = int(checkpoint.complete(folder)[-1].name.removeprefix("step_"))
+    assert f"stopped at step {done} of 100000; the same command goes on from there" in said
+    assert process.returncode == code and science(tmp_path / "run")[-1]["step"] == done, said
 
 
 def test_a_run_writes_down_the_precision_that_it_took(monkeypatch, tiny, tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import signal
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -238,6 +239,7 @@ class Loader:
             collate_fn=_as_it_is,
             pin_memory=self._pin_memory,
             prefetch_factor=2 if self.workers else None,
+            worker_init_fn=_outlive_signals,
             generator=torch.Generator(),  # otherwise starting, and so resuming, draws from the global one
         )
         with warnings.catch_warnings():
@@ -268,6 +270,12 @@ def _check_source(source: Source, captions: bool) -> None:
 
 
 # --- what runs in a worker ---
+
+
+def _outlive_signals(_: int) -> None:
+    """A signal to all processes of a run ends it behind a step, which waits for batches; the workers end with it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Draw(NamedTuple):

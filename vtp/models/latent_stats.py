@@ -52,7 +52,8 @@ class ChannelStats:
         return latents * std + mean
 
     def _tensors(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = torch.tensor([self.mean, self.std], dtype=like.dtype, device=like.device)[..., None, None]
+        both = torch.tensor([self.mean, self.std], dtype=like.dtype)[..., None, None]
+        mean, std = both.to(like.device, non_blocking=True)  # made on a GPU it would be waited for
         return mean, std.clamp(min=1e-6)
 
     @property

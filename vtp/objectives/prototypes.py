@@ -64,7 +64,7 @@ def sinkhorn_offsets(
 @full_precision
 def mean_logits(embeddings: Float[Tensor, "n d"], prototypes: Float[Tensor, "k d"]) -> Float[Tensor, " k"]:
     """Mean over the rows of all ranks: what a centre moves towards."""
-    total, rows = dist.sum_(embeddings.sum(0)), dist.sum_(embeddings.new_tensor(float(len(embeddings))))
+    total, rows = dist.sum_(embeddings.sum(0)), dist.sum_(embeddings.new_full((), len(embeddings)))
     return prototypes @ (total / rows)
 
 

@@ -46,7 +46,7 @@ def centered_softmax(logits: Float[Tensor, "m k"], center: Float[Tensor, " k"], 
 @full_precision
 def update_center(center: Float[Tensor, " k"], logits: Float[Tensor, "m k"], momentum: float) -> Float[Tensor, " k"]:
     """The new centre c <- momentum c + (1 - momentum) mean z over the rows of all ranks (Caron et al. 2021, Eq. 4)."""
-    total, rows = dist.sum_(logits.sum(0)), dist.sum_(logits.new_tensor(float(len(logits))))
+    total, rows = dist.sum_(logits.sum(0)), dist.sum_(logits.new_full((), len(logits)))
     return center.lerp(total / rows, 1 - momentum)
 
 
@@ -66,6 +66,6 @@ def entropies_of_sums(
     rows: int, probs: Float[Tensor, " k"], entropies: Float[Tensor, ""]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """`entropies` from the number of this rank's rows, the sum of their probabilities and that of their entropies."""
-    everyone = dist.sum_(probs.new_tensor(float(rows)))
+    everyone = dist.sum_(probs.new_full((), rows))
     mean = dist.sum_(probs) / everyone
     return torch.special.entr(mean).sum(), dist.sum_(entropies) / everyone

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from vtp import dist
-from vtp.engine.logging import environment
+from vtp.engine.logging import environment, say
 from vtp.engine.loop import reseed
 from vtp.engine.optim import pick_device
 from vtp.engine.speed import reuse_memory
@@ -25,7 +25,7 @@ from vtp.pretrain.run import open_loader
 
 OBJECTIVES = ("clip", "rec", "ssl", "teacher")  # the ranges inside `forward`; the innermost counts
 BACKWARD = "autograd::engine::evaluate_function"  # a node of the backward pass, and what it calls
-WARM_UP, WARM_UP_MOST = 2, 50  # steps; the latter where each still compiles
+WARM_UP, MOST = 2, 50  # steps before the first look, and before the last one where torch.compile is at work still
 OPERATORS = 12
 
 
@@ -45,31 +45,40 @@ def profile_step(cfg: PretrainConfig, out: Path, steps: int) -> Group:
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # where there is no GPU it calls that an error
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
 
-    def step(i: int) -> None:
-        reseed(cfg.seed, dist.rank(), i)
-        with record_function("data"):
-            batch = next(stream)
-        learner.step(batch, i)
+    done = 0
 
     def compiled() -> int:
         return torch._dynamo.utils.counters["stats"]["unique_graphs"] if cfg.parallel.compile else 0
 
-    def synchronise() -> None:
+    def take(count: int) -> bool:
+        """Take steps; whether a rank compiled anything in them."""
+        nonlocal done
+        before = compiled()
+        for _ in range(count):
+            reseed(cfg.seed, dist.rank(), done)
+            with record_function("data"):
+                batch = next(stream)
+            learner.step(batch, done)
+            done += 1
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
+        return bool(dist.sum_(torch.tensor(compiled() - before)) > 0)
 
-    first, new = 0, True  # the step that is looked at: behind the warm-up and the last that compiled
-    while first < WARM_UP or (new and first < WARM_UP_MOST):
-        before = compiled()
-        step(first)
-        first, new = first + 1, bool(dist.sum_(torch.tensor(compiled() - before)) > 0)
-    synchronise()
-    with profile(activities=activities, acc_events=True) as profiler:
-        start = time.perf_counter()
-        for i in range(first, first + steps):
-            step(i)
-        synchronise()
-        milliseconds = 1e3 * (time.perf_counter() - start) / steps
+    if cfg.parallel.compile:
+        say("compiling first, which takes minutes")
+    take(WARM_UP)
+    while True:
+        with profile(activities=activities, acc_events=True) as profiler:
+            start = time.perf_counter()
+            new = take(steps)
+            milliseconds = 1e3 * (time.perf_counter() - start) / steps
+        if not new:
+            break
+        if done >= MOST:
+            say(f"torch.compile is at work still in step {done}: the times are its own, too")
+            break
+        while take(1) and done < MOST:  # captions of another length may have come
+            pass
     timed = "cpu_time_total" if device.type == "cpu" else "device_time_total"
     parts = {name: us / 1e3 / steps for name, us in _parts(profiler.events() or (), timed).items()}
     parts["rest"] = milliseconds - sum(parts.values())

@@ -247,8 +247,9 @@ def cores(name: str, folder: Path) -> None:
     shard = write_shard(folder / "0.tar", [jpeg(i) for i in range(PICTURES)])
     ours = stream(shard, cfg.views, BatchConfig(clip=64, ssl=8, rec=4), shuffle=PICTURES)
     batch = on_device(next(ours))
-    captions = torch.ones(64, cfg.model.text.context_length, dtype=torch.int64)  # a large batch has some of full length
-    batch = batch._replace(clip=batch.clip._replace(tokens=captions))
+    full = cfg.model.text.context_length
+    captions = batch.clip._replace(tokens=torch.ones(64, full, dtype=torch.int64), lengths=(full,) * 64)
+    batch = batch._replace(clip=captions)
     with FakeTensorMode(allow_non_fake_inputs=True):  # shapes only: nothing is computed
         pretraining = Pretraining(cfg)
         with FlopCounterMode(display=False) as counter:

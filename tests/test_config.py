@@ -90,6 +90,7 @@ def test_saved_configuration_loads_as_itself(tmp_path):
         ("depth=5", "unknown key 'depth'; did you mean 'model.vision.depth'?"),
         ("model.vision.dept=5", "unknown key 'model.vision.dept'; did you mean 'model.vision.depth'?"),
         ("modle.patch=5", "unknown key 'modle.patch'; did you mean 'model.patch'?"),
+        ("model.vision.dep=5", "unknown key 'model.vision.dep'; did you mean 'model.vision.depth'?"),
         ("zzz=5", "unknown key 'zzz'; the keys are steps, data, name, fast, precision, betas, lr, model"),
         ("model.zzz=5", "unknown key 'model.zzz'; the keys are model.vision, model.patch"),
         ("model.zzz.yyy.xxx=5", "unknown key 'model.zzz.yyy.xxx'; the keys are model.vision, model.patch"),

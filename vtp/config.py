@@ -171,8 +171,9 @@ def _unknown(key: str, conf: DictConfig) -> str:
     room, _, name = key.rpartition(".")
 
     def likeness(known: str) -> tuple[float, float]:
-        last = SequenceMatcher(None, name, known.rpartition(".")[2]).ratio()
-        return last, SequenceMatcher(None, key, known).ratio()
+        beside, _, last = known.rpartition(".")
+        alike = SequenceMatcher(None, name, last).ratio()
+        return alike + 0.4 * (alike > 0.5 and beside == room), SequenceMatcher(None, key, known).ratio()
 
     nearest = max(keys, key=likeness)
     if likeness(nearest)[0] >= 0.6:

@@ -365,6 +365,12 @@ def opened(*args, **options):
         return out
 
 
+def test_a_run_folder_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "notes").write_text("in the way")
+    with pytest.raises(ConfigError, match="out=.*notes is a file; name a folder"):
+        opened(Config(out=str(tmp_path / "notes")), "auto")
+
+
 def test_a_run_folder_refuses_another_configuration_unless_told(tmp_path, capsys):
     cfg = Config(out=str(tmp_path / "run"))
     opened(cfg, "auto")

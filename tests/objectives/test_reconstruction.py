@@ -85,7 +85,7 @@ def test_lpips_without_its_weights_says_what_to_do(monkeypatch, tmp_path):
         load_perceptual("lpips")
 
 
-def test_other_names_and_files_are_refused(tmp_path):
+def test_other_names_and_files_are_refused(tmp_path, capfd):
     with pytest.raises(ConfigError, match="choose lpips"):
         load_perceptual("vgg")
     with pytest.raises(ConfigError, match="no such file"):
@@ -93,3 +93,4 @@ def test_other_names_and_files_are_refused(tmp_path):
     (tmp_path / "broken.pt2").write_bytes(b"not a zip file")
     with pytest.raises(ConfigError, match="broken.pt2 is not a file"):
         load_perceptual(str(tmp_path / "broken.pt2"))
+    assert capfd.readouterr().err == ""

@@ -197,8 +197,8 @@ class Loader:
             raise ConfigError(f"{changed}; by resume=anyway this data is begun at its first epoch")
         if (ranks := len(state["cursors"]) // state["workers"]) != dist.world_size() and dist.is_main():
             log.warning(
-                "a step had the batches of %d ranks when the run was saved, and has those of %d now: to keep their "
-                "sum, change batch.* (sizes a rank), with resume=anyway",
+                "a step had the batches of %d ranks when the run was saved, and has those of %d now; batch.* are sizes "
+                "a rank, and change with them (and resume=anyway) where a step is to stay as large",
                 ranks,
                 dist.world_size(),
             )

@@ -92,6 +92,8 @@ def _alone(out: Path) -> Iterator[None]:
         return
     import fcntl  # which Windows does not have
 
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out={out} is a file; name a folder")
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("a") as file:
         try:

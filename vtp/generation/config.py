@@ -64,7 +64,8 @@ class DiTTrainConfig:
     loop: LoopConfig = LoopConfig()
 
     def __post_init__(self) -> None:
-        within(self, "steps batch_size", 1)
+        within(self, "steps", 1, 10**10)
+        within(self, "batch_size", 1)
         within(self, "seed cosine_weight times.sigma", 0)
         within(self, "label_dropout ema", 0, 1, below=True)
 

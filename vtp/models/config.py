@@ -33,7 +33,7 @@ class ViTConfig:
         channels = {} if self.feature_bottleneck is None else {"vision_feature_bottleneck": self.feature_bottleneck}
         _check_whole(vision_patch_size=self.patch_size, vision_depth=self.depth, **channels)
         _check_width("vision", self.embed_dim, self.num_heads, multiple=4)
-        _check_ratio("vision_mlp_ratio", self.mlp_ratio)
+        _check_ratio("vision", self.mlp_ratio, self.embed_dim)
         _check_name("vision_ffn_layer", self.ffn_layer, FFN_LAYERS)
         _check_name("vision_norm_layer", self.norm_layer, NORM_LAYERS)
         _check_name("vision_clip_feat", self.clip_feat, ("cls", "pooled"))
@@ -73,7 +73,7 @@ class TextConfig:
         _check_kinds(self, "text_")
         _check_whole(text_context_length=self.context_length, text_vocab_size=self.vocab_size, text_depth=self.depth)
         _check_width("text", self.embed_dim, self.num_heads, multiple=1)
-        _check_ratio("text_mlp_ratio", self.mlp_ratio)
+        _check_ratio("text", self.mlp_ratio, self.embed_dim)
         _check_name("text_pool_type", self.pool_type, ("argmax", "first", "last", "none"))
         _check_name("text_proj_type", self.proj_type, ("linear", "none", "mlp", None))
         if self.embed_cls:
@@ -137,9 +137,11 @@ def _check_whole(**values: Any) -> None:
             raise ValueError(f"{key}={value!r} must be a whole number of at least 1")
 
 
-def _check_ratio(key: str, value: Any) -> None:
-    if not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{key}={value!r} must be a number above 0")
+def _check_ratio(part: str, ratio: Any, embed_dim: int) -> None:
+    if not isinstance(ratio, int | float) or not 0 < ratio < math.inf:
+        raise ValueError(f"{part}_mlp_ratio={ratio!r} must be a number above 0")
+    if embed_dim * ratio < 1:
+        raise ValueError(f"{part}_mlp_ratio={ratio!r} of {part}_embed_dim={embed_dim} leaves no hidden unit")
 
 
 def _check_width(part: str, embed_dim: Any, num_heads: Any, multiple: int) -> None:

@@ -448,7 +448,7 @@ def publish(model: VTPModel, folder: Path, weights: Mapping[str, Tensor] | None 
     """
     folder.mkdir(parents=True, exist_ok=True)  # of a file in the way transformers merely logs
     for left in folder.glob(".new_*"):  # by one that was killed
-        shutil.rmtree(left)
+        shutil.rmtree(left, ignore_errors=True)
     with TemporaryDirectory(prefix=".new_", dir=folder) as name:
         model.save_pretrained(name, state_dict=None if weights is None else dict(weights))
         VTPImageProcessor(model.config.image_size).save_pretrained(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from urllib.error import URLError
@@ -95,6 +96,8 @@ class _OnNormalisedImages(nn.Module):
 def _exported(path: Path) -> nn.Module:
     if not path.is_file():
         raise ConfigError(f"perceptual={path}: no such file")
+    if not zipfile.is_zipfile(path):  # torch would log a traceback
+        raise ConfigError(f"perceptual={path} is not a file of torch.export.save")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of its own read-only buffer

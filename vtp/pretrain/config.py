@@ -105,7 +105,7 @@ class PretrainConfig:
     loop: LoopConfig = LoopConfig()
 
     def __post_init__(self) -> None:
-        within(self, "steps", 1)
+        within(self, "steps", 1, 10**10)
         within(self, "seed", 0)
         within(self, "workers", 0, 1024)  # processes of a rank; a typing mistake must not take the machine
         if not self.weights.clip + self.weights.ssl + self.weights.rec:
@@ -125,6 +125,9 @@ class PretrainConfig:
             )
         if self.publish == "teacher" and self.weights.ssl == 0:
             raise ConfigError("publish=teacher, but weights.ssl=0 leaves no teacher; set publish=student")
+        for part, name in (("train_clip", "clip"), ("train_reconstruction", "rec")):
+            if getattr(self.weights, name) > 0 and not getattr(self.model, part):
+                raise ConfigError(f"model.{part}=false is for weights.{name} to decide; set weights.{name}=0")
         if self.weights.clip > 0:
             within(self, "model.text.context_length", 2)  # the start and end tokens
             within(self, "model.text.vocab_size", Tokenizer.vocab_size)

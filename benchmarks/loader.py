@@ -238,9 +238,7 @@ def first_batch(data: str) -> None:
 
 def cores(name: str, folder: Path) -> None:
     """Worker cores that keep a GPU busy with a recipe of the paper, whose batches are in the proportions 16 : 2 : 1."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils.flop_counter import FlopCounterMode
-
+    from vtp.pretrain.flops import step_flops
     from vtp.pretrain.objectives import Pretraining
 
     cfg = replace(pretrain_recipe(name), perceptual="none")  # without VGG: fewer FLOPs a pair, so rather more cores
@@ -250,13 +248,11 @@ def cores(name: str, folder: Path) -> None:
     full = cfg.model.text.context_length
     captions = batch.clip._replace(tokens=torch.ones(64, full, dtype=torch.int64), lengths=(full,) * 64)
     batch = batch._replace(clip=captions)
-    with FakeTensorMode(allow_non_fake_inputs=True):  # shapes only: nothing is computed
-        pretraining = Pretraining(cfg)
-        with FlopCounterMode(display=False) as counter:
-            sum(pretraining(batch, 0.05).losses.values()).backward()
-    pairs = GPU_FLOPS / (counter.get_total_flops() / 64)
+    with torch.device("meta"):  # shapes only: nothing is computed
+        flops = step_flops(Pretraining(cfg), batch) / 64
+    pairs = GPU_FLOPS / flops
     (rate,) = rates(PICTURES, lambda: take(ours, 1))
-    more = {"gflop_per_pair": round(counter.get_total_flops() / 64e9), "assumed_tflops": round(GPU_FLOPS / 1e12)}
+    more = {"gflop_per_pair": round(flops / 1e9), "assumed_tflops": round(GPU_FLOPS / 1e12)}
     more |= {"gpu_pairs_per_s": round(pairs), "worker_pairs_per_s": round(rate)}
     line(f"cores_for_an_h200_{name}", pairs / rate, "cores", **more)
 

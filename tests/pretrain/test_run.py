@@ -337,7 +337,9 @@ main(["pretrain", sys.argv[1]])
 """
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("sent", "code"), [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_the_run_and_its_workers_ends_it_behind_a_saved_step(tiny, tmp_path, sent, code):
     """As `scancel`, torchrun and a terminal send it: to all processes at once."""
     cfg = replace(tiny, workers=2, steps=100_000, loop=LoopConfig(log_every=1, save_every=5))

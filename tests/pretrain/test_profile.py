@@ -1,9 +1,16 @@
 """`vtp profile`: parts that add up to the step, a trace, nothing else left behind."""
 
 import json
+from collections import Counter
+from dataclasses import replace
+
+import torch
 
 from vtp import config
 from vtp.cli import main
+from vtp.engine.parallel import ParallelConfig
+from vtp.pretrain.learner import PretrainLearner
+from vtp.pretrain.profile import profile_step
 
 
 def test_where_a_step_goes(tiny, tmp_path, capsys):
@@ -24,3 +31,24 @@ def test_where_a_step_goes(tiny, tmp_path, capsys):
     events = json.loads((tmp_path / "profile/trace.json").read_text())["traceEvents"]
     assert {"forward", "backward", "teacher"} <= {event.get("name") for event in events}
     assert not (tmp_path / "run").exists()
+
+
+def test_steps_that_compiled_are_not_what_is_shown(tiny, tmp_path, monkeypatch):
+    """A block is compiled again when captions of another length come: here in steps 3 and 5."""
+    counted, taken, whole = Counter(), [], PretrainLearner.step
+
+    def step(self, batch, i):
+        taken.append(i)
+        counted["unique_graphs"] += i in (3, 5)
+        return whole(self, batch, i)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    monkeypatch.setitem(torch._dynamo.utils.counters, "stats", counted)
+    monkeypatch.setattr(PretrainLearner, "step", step)
+    cfg = replace(tiny, parallel=ParallelConfig(compile=True))
+    profile_step(cfg, tmp_path / "profile", steps=2)
+    assert taken == list(
+        range(10)
+    )  # 2 to warm up, 2 looked at, 1 between, 2 looked at again, 1 between, 2 that are shown
+    trace = json.loads((tmp_path / "profile/trace.json").read_text())["traceEvents"]
+    assert sum(event.get("name") == "forward" and event.get("ph") == "X" for event in trace) == 2

@@ -24,7 +24,7 @@ PLAIN = {  # OmegaConf's words for what a user has done, and ours
     r"Value '\$VALUE' of type '\$VALUE_TYPE'": "a value",
     r"Invalid value assigned: \w+ is not a TupleConfig.*": "a list belongs here, such as [0.5, 1.0]",
     r"TupleConfig length (\d+) does not match type hint length (\d+)": r"\2 values belong here, not \1",
-    r"Incompatible value 'None' for field of type '(\w+)'": r"a value of type \1 is missing",
+    r"Incompatible value 'None' for field of type '(.+?)'$": r"a value of type \1 is missing",
 }
 
 

@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from tests.pretrain.test_parallel import batches, half
 from vtp.config import ConfigError
@@ -55,6 +57,20 @@ def test_cached_gradients_equal_those_of_one_pass(tiny, contrast, size, recomput
     cfg = with_contrast(tiny, contrast)
     [batch] = batches(cfg, 1)
     assert_equal(gradients(cached(cfg, size, recompute=recompute), batch), gradients(cfg, batch))
+
+
+def test_the_random_state_of_the_views_device_is_kept(tiny, monkeypatch):
+    """torch keeps the state of those devices on which it finds a tensor among what a checkpoint is called with."""
+    cfg, given = cached(tiny, 3), []
+
+    def spied(function, *args, **options):
+        given.append([x for x in tree_leaves(args) if isinstance(x, torch.Tensor)])
+        return checkpoint(function, *args, **options)
+
+    monkeypatch.setattr(objectives_module, "checkpoint", spied)
+    [batch] = batches(cfg, 1)
+    gradients(cfg, batch)
+    assert [len(tensors[0]) for tensors in given] == [3, 3, 2]
 
 
 def test_without_a_shared_view_and_alone(tiny):

@@ -175,7 +175,7 @@ def _discard(path: Path) -> None:
     try:
         shutil.rmtree(path)
     except OSError as error:
-        say(f"{path} is not needed and could not be removed ({error.strerror})")
+        say(f"{path} is not needed and could not be removed ({error.strerror or error})")
 
 
 def _step(path: Path) -> int:
@@ -189,17 +189,13 @@ def _damage(path: Path) -> str | None:
         for name, sha256 in expected.items():
             if file_sha256(path / name) != sha256:
                 return f"{name} has changed"
-        if not {PROGRESS, ".metadata"} <= expected.keys() or not _tensor_files(path) <= expected.keys():
+        if not {PROGRESS, ".metadata"} <= expected.keys() or not any(name.endswith(".distcp") for name in expected):
             return f"{MANIFEST} does not name all files"
     except OSError as error:
         return f"{Path(error.filename or path).name}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST}: {type(error).__name__}: {error}"
     return None
-
-
-def _tensor_files(path: Path) -> set[str]:
-    return {stored.relative_path for stored in dcp.FileSystemReader(path).read_metadata().storage_data.values()}
 
 
 def _to_disk(folder: Path) -> None:

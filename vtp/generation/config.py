@@ -24,7 +24,7 @@ class DiTSize:
 
     def __post_init__(self) -> None:
         within(self, "patch_size hidden_size depth num_heads", 1)
-        within(self, "mlp_ratio", 0, above=True)
+        within(self, "mlp_ratio", 2 / self.hidden_size)  # SwiGLU has two thirds of that width
 
 
 @dataclass(frozen=True, kw_only=True)

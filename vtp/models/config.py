@@ -140,7 +140,7 @@ def _check_whole(**values: Any) -> None:
 def _check_ratio(part: str, ratio: Any, embed_dim: int) -> None:
     if not isinstance(ratio, int | float) or not 0 < ratio < math.inf:
         raise ValueError(f"{part}_mlp_ratio={ratio!r} must be a number above 0")
-    if embed_dim * ratio < 1:
+    if embed_dim * ratio < 2:  # of which SwiGLU takes two thirds
         raise ValueError(f"{part}_mlp_ratio={ratio!r} of {part}_embed_dim={embed_dim} leaves no hidden unit")
 
 

@@ -161,12 +161,16 @@ class Pretraining(nn.Module):
         if size == 0 or n <= size:
             return self._embed_at_once(clip, shared)
 
-        def embed(first: int) -> tuple[Tensor, Tensor, Tokens | None]:
+        def embed(part: ClipBatch, shared: int) -> tuple[Tensor, Tensor, Tokens | None]:
             # A weight's bfloat16 copy that all micro-batches shared would sum their gradients in bfloat16.
             torch.clear_autocast_cache()
-            return self._embed_at_once(clip.part(first, first + size), min(max(0, shared - first), size))
+            return self._embed_at_once(part, shared)
 
-        parts = [checkpoint(embed, first, use_reentrant=False) for first in range(0, n, size)]
+        # Of the devices of its arguments' tensors `checkpoint` keeps the random state.
+        parts = [
+            checkpoint(embed, clip.part(i, i + size), min(max(0, shared - i), size), use_reentrant=False)
+            for i in range(0, n, size)
+        ]
         images, texts, tokens = zip(*parts, strict=True)
         kept = [part for part in tokens if part is not None]
         if not kept:

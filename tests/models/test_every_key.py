@@ -369,10 +369,6 @@ def test_first_logit_scale(value):
         ("vision_patch_size", 0),
         *(("vision_feature_bottleneck", value) for value in (0, -4)),
         *((f"{part}_mlp_ratio", value) for part in ("vision", "text") for value in (-1, 0.04)),
-            (f"{part}_mlp_ratio", value)
-            for part in ("vision", "text")
-            for value in (-1, 1.9 / BASE[f"{part}_embed_dim"])
-        ),
         *((f"text_{size}", 0) for size in ("context_length", "vocab_size")),
         ("image_size", 0),
     ],

@@ -278,17 +278,18 @@ def _check_source(source: Source, captions: bool) -> None:
 def _outlive_signals(_: int) -> None:
     """A signal to all processes of a run ends it behind a step, which waits for batches; the workers end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":  # elsewhere nothing tells who sends a signal
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # of the threads to come, too
-        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+    if sys.platform != "linux":  # where nothing tells who sends a signal
+        return
+    trainer = os.getppid()
 
-
-def _obey(trainer: int) -> None:
-    """End at the trainer's own SIGTERM, by which Python ends the processes that are left when it exits."""
-    if sys.platform == "linux":
+    def obey() -> None:
+        # By its own SIGTERM Python ends the processes that are left when it exits.
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
             pass
         os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # of the threads to come, too
+    threading.Thread(target=obey, daemon=True).start()
 
 
 class _Draw(NamedTuple):

@@ -72,13 +72,12 @@ def profile_step(cfg: PretrainConfig, out: Path, steps: int) -> Group:
             start = time.perf_counter()
             new = take(steps)
             milliseconds = 1e3 * (time.perf_counter() - start) / steps
-        if not new:
-            break
-        if done >= MOST:
-            say(f"torch.compile is at work still in step {done}: the times are its own, too")
+        if not new or done >= MOST:
             break
         while take(1) and done < MOST:  # captions of another length may have come
             pass
+    if new:
+        say(f"torch.compile is at work still in step {done}: the times are its own, too")
     timed = "cpu_time_total" if device.type == "cpu" else "device_time_total"
     parts = {name: us / 1e3 / steps for name, us in _parts(profiler.events() or (), timed).items()}
     parts["rest"] = milliseconds - sum(parts.values())

@@ -33,8 +33,13 @@ def test_auto_asks_the_processor(monkeypatch, able, mkldnn, expected):
     assert pick_precision("auto", CPU) == expected
 
 
-def test_matmul_rate_is_a_rate():
+def test_matmul_rate_is_a_rate_of_values_as_a_step_has_them(monkeypatch):
+    seen, product, state = [], torch.mm, torch.get_rng_state()
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: seen.append(a) or product(a, b, out=out))
+    matmul_rate.cache_clear()
     assert 1e9 < matmul_rate(CPU, "fp32") < 1e14
+    assert 0.9 < seen[0].std() < 1.1  # a GPU is faster with equal ones
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_bf16_in_software_is_done_but_said_once(monkeypatch):

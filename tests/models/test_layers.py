@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -5,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from vtp.models import layers
 from vtp.models.config import ViTConfig
 from vtp.models.layers import Block, Linear, RMSNorm, attention, residual, scale_init, swiglu_hidden
 from vtp.models.rope import RopeEmbed
@@ -106,6 +109,43 @@ def test_linear_is_the_product_with_and_without_gradients(dtype, shape):
     with torch.no_grad():
         torch.testing.assert_close(layer(x).double(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(layer(x).double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture
+def on_amd(monkeypatch):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(layers, "_mkl_on_amd", lambda: True)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(3, 5, 256), (7, 256), (256,), (0, 256)])
+def test_linear_on_amd_has_the_product_its_gradients_and_its_flops(on_amd, shape, bias):
+    torch.manual_seed(0)
+    layer = Linear(256, 24, bias=bias)
+    x = torch.randn(256, *shape[:-1]).movedim(0, -1).requires_grad_()  # as a slice or a transposition lies in memory
+    double, exact = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        y = layer(x)
+        assert y.grad_fn.name() == "_LinearAMDBackward"
+        weights = torch.randn(24).expand_as(y)  # so is the gradient an expanded one
+        (y * weights).sum().backward()
+    with FlopCounterMode(display=False) as expected:
+        (double(exact) * weights.double()).sum().backward()
+    torch.testing.assert_close(y.double(), double(exact), rtol=1e-6, atol=1e-6)
+    for mine, theirs in zip((x, *layer.parameters()), (exact, *double.parameters()), strict=True):
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-6, atol=1e-5)
+    assert counter.get_total_flops() == expected.get_total_flops()
+
+
+def test_linear_on_amd_leaves_autocast_and_frozen_parts_as_they_are(on_amd):
+    layer, x = Linear(256, 24), torch.randn(5, 256)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    layer.requires_grad_(False)
+    assert not layer(x).requires_grad
+    layer(x.requires_grad_()).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand_as(x))
 
 
 @pytest.mark.parametrize("tokens", [1, 37, 400])  # one chunk, one chunk, and chunks of 6 and 2 heads

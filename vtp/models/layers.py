@@ -5,7 +5,9 @@ Every layer draws its own initial weights once, in `reset_parameters`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 from vtp.models.rope import rotate
 
@@ -30,18 +33,61 @@ def linear(x: Float[Tensor, "*b i"], weight: Float[Tensor, "o i"], bias: Tensor 
 
     Without gradients a CPU does it as a 1 x 1 convolution of channels-last pixels: oneDNN's kernel for that is a sixth
     faster than the product behind F.linear in float32 (MKL's, on a processor not of Intel's make), and in bfloat16 does
-    not write the bias first.
+    not write the bias first. With gradients, in float32 on AMD's processors, it takes oneDNN's product.
     """
     if (
-        torch.is_grad_enabled()
-        or x.device.type != "cpu"
+        x.device.type != "cpu"
         or x.dtype not in CONVOLVED
         or x.shape[-1] < CONVOLVED_WIDTH
         or torch.compiler.is_compiling()
     ):
         return F.linear(x, weight, bias)
+    if torch.is_grad_enabled():
+        plain = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        return _LinearAMD.apply(x, weight, bias) if plain and _mkl_on_amd() else F.linear(x, weight, bias)
     pixels = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, i, n, 1]
     return F.conv2d(pixels, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+class _LinearAMD(torch.autograd.Function):
+    """F.linear in float32, with oneDNN's product for outputs and inputs' gradients.
+
+    Alone that is 8% (AVX2) to 20% (AVX-512) faster: MKL, behind F.linear, keeps its best kernels for Intel's
+    processors. For weights' gradients it is still the faster.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn_product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])
+        return (
+            _onednn_product(grad, weight.t(), None) if of_x else None,
+            rows.t() @ x.reshape(-1, x.shape[-1]) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
+
+
+def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+
+
+@register_flop_formula(torch.ops.mkldnn._linear_pointwise)  # torch counts what it has behind F.linear alone
+def _onednn_flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * x.numel() * weight[0]
+
+
+@functools.cache
+def _mkl_on_amd() -> bool:
+    cpus = Path("/proc/cpuinfo")
+    onednn, mkl = torch.backends.mkldnn.is_available(), torch.backends.mkl.is_available()
+    return onednn and mkl and cpus.is_file() and "AuthenticAMD" in cpus.read_text()
 
 
 class Linear(nn.Linear):

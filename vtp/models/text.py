@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vtp.models.config import TextConfig
-from vtp.models.layers import LayerScale, Linear, Recomputable, attention
+from vtp.models.layers import LayerScale, Linear, Recomputable, attention, linear
 
 Groups = tuple[tuple[int, int], ...]  # of each group: texts, tokens in each
 
@@ -33,7 +33,7 @@ class CausalAttention(nn.Module):
         nn.init.zeros_(self.in_proj_bias)
 
     def forward(self, x: Float[Tensor, "n d"], groups: Groups) -> Float[Tensor, "n d"]:
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        qkv = linear(x, self.in_proj_weight, self.in_proj_bias)
         seen = []
         for part, shape in zip(qkv.split([count * length for count, length in groups]), groups, strict=True):
             heads = part.unflatten(0, shape).unflatten(-1, (3, self.num_heads, -1))

@@ -371,6 +371,24 @@ def test_a_run_folder_that_is_a_file_is_named(tmp_path):
         opened(Config(out=str(tmp_path / "notes")), "auto")
 
 
+def on_a_disk_of_its_own(rank, folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vtp.engine.loop.SIGHT", 0.3)
+        try:
+            with open_run(Config(out=str(folder / f"host{rank}/run")), "auto") as out:
+                return out
+        except ConfigError as error:
+            return str(error)
+
+
+def test_a_run_folder_that_not_all_hosts_see_is_refused(tmp_path, two_ranks):
+    for rank, said in enumerate(two_ranks(on_a_disk_of_its_own, tmp_path)):
+        assert f"host{rank}/run is not the same folder for 1 of 2 ranks; name one on a file system" in said
+    assert not (tmp_path / "host0/run" / NEW_CONFIG).exists()
+    (tmp_path / "host1").symlink_to(tmp_path / "host0")  # where nothing was made
+    assert two_ranks(on_a_disk_of_its_own, tmp_path) == [tmp_path / "host0/run", tmp_path / "host1/run"]
+
+
 def test_a_run_folder_refuses_another_configuration_unless_told(tmp_path, capsys):
     cfg = Config(out=str(tmp_path / "run"))
     opened(cfg, "auto")

@@ -82,6 +82,7 @@ class NonFiniteError(RuntimeError):
 
 DECISIVE = ("total", "grad_norm")
 CONFIG, NEW_CONFIG = "config.yaml", ".config.yaml.new"
+SIGHT = 90.0  # seconds; NFS remembers for up to a minute that something was not there
 
 
 @contextmanager
@@ -123,7 +124,7 @@ def open_run(cfg: Any, resume: str, ignore: tuple[str, ...] = ()) -> Iterator[Pa
 
     Raises:
         ConfigError: the folder holds a run with another configuration (the differences are listed), or is not to be
-            resumed, or another process trains in it.
+            resumed, or another process trains in it, or ranks on other hosts do not see it.
     """
     out = Path(cfg.out)
     with _alone(out):
@@ -136,12 +137,26 @@ def open_run(cfg: Any, resume: str, ignore: tuple[str, ...] = ()) -> Iterator[Pa
         if dist.is_main():
             write_text(out / NEW_CONFIG, config.dump(cfg))
             write_text(out / "environment.json", json.dumps(environment(), indent=2))
-        dist.barrier()
         try:
+            dist.barrier()
+            _all_see(out / NEW_CONFIG)
             yield out
         finally:
             if dist.is_main():
                 (out / NEW_CONFIG).unlink(missing_ok=True)  # of a run that did not come to train
+
+
+def _all_see(written: Path) -> None:
+    """Refuse a folder that is another one on another host: its ranks would save their parts of checkpoints there."""
+    give_up = time.monotonic() + SIGHT
+    while not written.is_file() and time.monotonic() < give_up:
+        time.sleep(0.1)
+    blind = int(dist.sum_(torch.tensor(0 if written.is_file() else 1)))
+    if blind:
+        raise ConfigError(
+            f"out={written.parent} is not the same folder for {blind} of {dist.world_size()} ranks; name one on a file "
+            "system that all hosts see"
+        )
 
 
 def _compare(saved: Path, cfg: Any, resume: str, ignore: tuple[str, ...]) -> None:

@@ -78,9 +78,12 @@ def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
 
 
-@register_flop_formula(torch.ops.mkldnn._linear_pointwise)  # torch counts what it has behind F.linear alone
 def _onednn_flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * x.numel() * weight[0]
+
+
+if torch.backends.mkldnn.is_available():  # torch counts only what is behind F.linear
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_onednn_flops)
 
 
 @functools.cache

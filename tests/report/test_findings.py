@@ -89,6 +89,8 @@ def test_the_best_is_marked_only_among_equal_protocols(make_run):
     runs = read_runs([make_run("vtp", gfd=4.0), make_run("ae", False, gfd=8.0)])
     groups = {g.title: g for g in key_figures(runs)}
     assert list(groups)[0] == "zero-shot: shape"
+    drawn = [title for title in groups if title.startswith("generation")]
+    assert drawn == ["generation: shape, no guidance", "generation: shape, guidance 2"]
     row = groups["generation: shape, guidance 2"].rows[0]
     assert (row.better, row.best, row.values) == (-1, 0, [4.0, 8.0])
     assert groups["zero-shot: shape"].rows[0].best is None  # only one run has it

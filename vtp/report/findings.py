@@ -113,13 +113,16 @@ class Group(NamedTuple):
 def key_figures(runs: Sequence[Run]) -> list[Group]:
     """The figures of all runs, results files of one name side by side."""
     stems = list(dict.fromkeys(stem for run in runs for stem in run.results))
-    return [_group(stem, runs) for stem in sorted(stems, key=lambda s: (_task_rank(s, runs), s))]
+    return [_group(stem, runs) for stem in sorted(stems, key=lambda s: _place(s, runs))]
 
 
-def _task_rank(stem: str, runs: Sequence[Run]) -> int:
+def _place(stem: str, runs: Sequence[Run]) -> tuple[int, float, str]:
+    """By task, then what was drawn with the least guidance first."""
     order = ("zero-shot", "linear", "knn", "reconstruction", "generation")
-    task = next(str(run.results[stem].get("task", stem)) for run in runs if stem in run.results)
-    return order.index(task) if task in order else len(order)
+    result = next(run.results[stem] for run in runs if stem in run.results)
+    task, protocol = str(result.get("task", stem)), result.get("protocol")
+    scale, _ = guidance(protocol if isinstance(protocol, Mapping) else {})
+    return (order.index(task) if task in order else len(order)), scale, stem
 
 
 def _group(stem: str, runs: Sequence[Run]) -> Group:

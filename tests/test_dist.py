@@ -1,5 +1,9 @@
 """What the collectives give on two real processes, and that one process sees none of them."""
 
+import os
+import subprocess
+import sys
+
 import torch
 
 from vtp import dist
@@ -68,3 +72,37 @@ def summed(rank):
 def test_sum_is_over_ranks_and_in_place(two_ranks):
     for total, x in two_ranks(summed):
         assert total.tolist() == x.tolist() == [3.0, 30.0]
+
+
+OUTLIVED = """
+import os
+import os
+import subprocess
+import sys
+
+import torch
+import torch.distributed as td
+from torch.nn.parallel import DistributedDataParallel
+from vtp import dist
+
+for i in range(8):
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(i)  # a name of its own for each group
+    with dist.group():
+        model = DistributedDataParallel(torch.nn.Linear(300, 300))
+        x = [torch.zeros(1000) for _ in range(100)]
+        work = [td.all_reduce(t, async_op=True) for t in x]
+        for each in work:
+            each.wait()
+        del work, each
+    del model
+"""
+
+
+def test_a_model_may_outlive_its_group():
+    """As it does when an error or a signal ends a run; its last moments were a deadlock with one of gloo's threads."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    words = [sys.executable, *launcher, sys.executable, "-c", OUTLIVED]
+    done = subprocess.run(
+        words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120
+    )
+    assert done.returncode == 0, done.stderr

@@ -68,7 +68,7 @@ def _run(args: argparse.Namespace) -> None:
         lacking = next((line for line in lines if "out of memory" in line or "can't allocate memory" in line), None)
         if lacking is None:
             raise
-        _refuse(f"{lacking.strip()} Use a smaller batch; in training, parallel.recompute=true needs less, too")
+        _refuse(f"{lacking.strip()} Use a smaller batch or model; in training, parallel.recompute=true needs less, too")
 
 
 def _refuse(text: str) -> NoReturn:

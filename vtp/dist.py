@@ -10,6 +10,8 @@ import torch
 import torch.distributed as td
 from torch import Tensor
 
+_ended: list[td.ProcessGroup | None] = []  # groups that are over; Python frees them without that lock
+
 
 @contextmanager
 def group() -> Iterator[None]:
@@ -30,6 +32,9 @@ def group() -> Iterator[None]:
     try:
         yield
     finally:
+        # A DDP that is freed frees with it a group that nobody else holds: it waits for gloo's threads, with the
+        # interpreter's lock in its hand, for which one of them, to let go of a collective's tensors, may be waiting.
+        _ended.append(td.group.WORLD)
         td.destroy_process_group()
 
 

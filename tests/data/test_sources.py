@@ -172,6 +172,7 @@ def test_the_embedded_set():
         ("missing-*.tar", "no data at"),
         ("empty", "no pictures in .*empty: it should hold class folders"),
         ("empty.tar", "no pictures in .*empty.tar"),
+        ("torn", "no pictures in .*torn.* of the first 2 could not be read: 2$"),
         ("words.txt", "words.txt is not a tar shard"),
         ("broken", "metadata.jsonl, line 2: not a JSON object with"),
         ("deep", "metadata.jsonl, line 1: not a JSON object with"),
@@ -181,6 +182,9 @@ def test_data_that_is_not_there_is_one_clear_error(tmp_path, data, message):
     (tmp_path / "empty").mkdir()
     write_tar(tmp_path / "empty.tar", [("a.txt", b"x")])
     (tmp_path / "words.txt").write_text("no tar")
+    (tmp_path / "torn").mkdir()
+    for shard in ("0.tar", "1.tar"):
+        (tmp_path / "torn" / shard).write_text("no tar")
     for name, text in (("broken", '{"file_name": "a.jpg"}\n{"text": "x"}\n'), ("deep", "[" * 100_000)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metadata.jsonl").write_text(text)

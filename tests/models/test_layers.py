@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
+from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from vtp.models import layers
 from vtp.models.config import ViTConfig
-from vtp.models.layers import Block, Linear, RMSNorm, attention, residual, scale_init, swiglu_hidden
+from vtp.models.layers import Block, Linear, RMSNorm, attention, linear, residual, scale_init, swiglu_hidden
 from vtp.models.rope import RopeEmbed
 from vtp.models.vit import ViT
 
@@ -136,6 +137,51 @@ def test_linear_on_amd_has_the_product_its_gradients_and_its_flops(on_amd, shape
     for mine, theirs in zip((x, *layer.parameters()), (exact, *double.parameters()), strict=True):
         torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-6, atol=1e-5)
     assert counter.get_total_flops() == expected.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [torch.randn(24, 2)[:, 0], torch.ones(1).expand(24), torch.ones(1), torch.tensor(2.0)],
+    ids=lambda b: str(b.shape),
+)
+def test_linear_on_amd_takes_any_bias(on_amd, bias):
+    x, weight = torch.randn(5, 256), torch.randn(24, 256)
+    torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # jvp's own
+def test_linear_on_amd_differentiates_as_torchs(on_amd, monkeypatch):
+    layer, x, t = Linear(256, 24), torch.randn(6, 256), torch.randn(6, 256)
+    weights = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(weights, x):
+        return functional_call(layer, weights, (x,)).square().mean()
+
+    def penalty():
+        y = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad(layer(y).square().sum(), y, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), [layer.weight, y])
+
+    def moved(w):
+        return functional_call(layer, {**weights, "weight": w}, (x,))
+
+    def results():
+        samples = vmap(grad(loss), (None, 0))(weights, x)
+        y = x.clone().requires_grad_()
+        rows = torch.autograd.grad(layer(y).sum(0), y, torch.eye(24), is_grads_batched=True)
+        along = [*jvp(layer, (x,), (t,)), *jvp(moved, (weights["weight"],), (torch.ones(24, 256),))]
+        return [*penalty(), *samples.values(), *rows, *along, torch.func.hessian(loss, 1)(weights, x[0])]
+
+    mine = results()
+    monkeypatch.setattr(layers, "_mkl_on_amd", lambda: False)
+    for a, b in zip(mine, results(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_linear_on_amd_is_off_where_onednn_is(on_amd):
+    layer, x = Linear(256, 24), torch.randn(5, 256)
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+        assert layer(x).grad_fn.name() == "AddmmBackward0"
 
 
 def test_linear_on_amd_leaves_autocast_and_frozen_parts_as_they_are(on_amd):

@@ -9,6 +9,7 @@ from vtp.config import ConfigError
 from vtp.data.augment import finish
 from vtp.data.loader import Loader
 from vtp.data.sources import open_source
+from vtp.models import layers
 from vtp.objectives import prototypes
 from vtp.objectives.clip import clip_loss
 from vtp.pretrain import learner as learner_module
@@ -27,6 +28,25 @@ def a_batch(cfg):
 
 def calls(module, log, name):
     module.register_forward_hook(lambda m, args, out: log.append((name, len(args[0]))))
+
+
+def test_a_step_on_amd_is_the_same(tiny, monkeypatch):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    model, batch = Pretraining(tiny), a_batch(tiny)
+    monkeypatch.setattr(layers, "CONVOLVED_WIDTH", 1)
+
+    def step(amd):
+        monkeypatch.setattr(layers, "_mkl_on_amd", lambda: amd)
+        torch.manual_seed(0)
+        losses, _ = model(batch, teacher_temp=0.05)
+        total = sum(losses.values())
+        gradients = torch.autograd.grad(total, [p for p in model.parameters() if p.requires_grad])
+        return total, torch.cat([g.flatten() for g in gradients])
+
+    (mine, gradient), (theirs, expected) = step(True), step(False)
+    torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+    assert 0 < (gradient - expected).norm() < 1e-5 * expected.norm()  # another kernel, the same gradient
 
 
 CORNERS = {

@@ -4,10 +4,12 @@ import json
 from collections import Counter
 from dataclasses import replace
 
+import pytest
 import torch
 
 from vtp import config
 from vtp.cli import main
+from vtp.config import ConfigError
 from vtp.engine.parallel import ParallelConfig
 from vtp.pretrain.learner import PretrainLearner
 from vtp.pretrain.profile import profile_step
@@ -51,3 +53,9 @@ def test_steps_that_compiled_are_not_what_is_shown(tiny, tmp_path, monkeypatch):
     assert taken == list(range(10))
     trace = json.loads((tmp_path / "profile/trace.json").read_text())["traceEvents"]
     assert sum(event.get("name") == "forward" and event.get("ph") == "X" for event in trace) == 2
+
+
+def test_an_out_that_is_a_file_is_refused_before_the_work(tiny, tmp_path):
+    (tmp_path / "notes").touch()
+    with pytest.raises(ConfigError, match="--out .*notes is a file; name a folder"):
+        profile_step(tiny, tmp_path / "notes", steps=1)

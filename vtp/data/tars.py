@@ -95,7 +95,9 @@ class TarSource(Alone):
 
         some = [] if far else tried[:: -(-len(tried) // LOOKED_AT)]
         few = [member for shard in some for member in islice(pictures(shard), -(-LOOKED_AT // len(some)))]
-        few = few or list(islice((member for shard in tried for member in pictures(shard)), 1))
+        if not few:
+            seen.clear()  # those are read once more
+            few = list(islice((member for shard in tried for member in pictures(shard)), 1))
         if not few:
             raise ConfigError(
                 f"no pictures in {self.name}: its shards should hold KEY.jpg|png|webp with KEY.txt|json|cls"

@@ -43,8 +43,7 @@ def linear(x: Float[Tensor, "*b i"], weight: Float[Tensor, "o i"], bias: Tensor 
     ):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
-        plain = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        return _LinearAMD.apply(x, weight, bias) if plain and _mkl_on_amd() else F.linear(x, weight, bias)
+        return _LinearAMD.apply(x, weight, bias) if _for_amd(x, weight, bias) else F.linear(x, weight, bias)
     pixels = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, i, n, 1]
     return F.conv2d(pixels, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
@@ -62,19 +61,36 @@ class _LinearAMD(torch.autograd.Function):
         return _onednn_product(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])
+        # oneDNN's product has no gradient of its own, and knows no vmap.
+        product = F.linear if torch.is_grad_enabled() or _functorch_is_at_work() else _onednn_product
         return (
-            _onednn_product(grad, weight.t(), None) if of_x else None,
+            product(grad, weight.t(), None) if of_x else None,
             rows.t() @ x.reshape(-1, x.shape[-1]) if of_weight else None,
             rows.sum(0) if of_bias else None,
         )
 
 
+def _for_amd(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        _mkl_on_amd()
+        and bool(torch.backends.mkldnn.enabled)
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and (bias is None or bias.shape == weight.shape[:1])
+        and not _functorch_is_at_work()
+    )
+
+
+def _functorch_is_at_work() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
 def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else bias.contiguous()  # it would read other values without a word
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
 
 

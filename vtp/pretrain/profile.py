@@ -15,6 +15,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from vtp import dist
+from vtp.config import ConfigError
 from vtp.engine.logging import environment, say
 from vtp.engine.loop import reseed
 from vtp.engine.optim import pick_device
@@ -34,9 +35,14 @@ def profile_step(cfg: PretrainConfig, out: Path, steps: int) -> Group:
 
     Nothing is saved of what was learned. Times are the device's: on a GPU those of its kernels. Of several ranks all
     take the steps, and the first one's are told.
+
+    Raises:
+        ConfigError: data or views cannot be used, or `out` is a file.
     """
     device = pick_device(cfg.device)
     loader = open_loader(cfg, device)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; name a folder")
     out.mkdir(parents=True, exist_ok=True)  # before the work: it may fail
     reseed(cfg.seed, 0, 0)
     reuse_memory(device)

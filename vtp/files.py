@@ -1,4 +1,4 @@
-"""Files: the one name of their contents that results, latents and cards refer to, who may read them, and no room."""
+"""Files: the one name of their contents that results, latents and cards refer to, who may read them, and the disk."""
 
 from __future__ import annotations
 
@@ -20,6 +20,15 @@ def write_text(file: Path, text: str) -> None:
         file.write_text(text)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(file)) from None
+
+
+def to_disk(path: Path) -> None:
+    """Have a file's contents, or a folder's names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def file_sha256(file: Path) -> str:

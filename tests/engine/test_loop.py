@@ -30,6 +30,7 @@ class Config:
     out: str = "x"
     width: int = 4
     workers: int = 0
+    resume: str = "auto"
 
 
 class Counting:
@@ -137,7 +138,7 @@ def test_a_folder_is_trained_in_by_one_process(tmp_path):
 import os, sys, time
 from vtp.engine.loop import open_run
 from tests.engine.test_loop import Config
-with open_run(Config(out=sys.argv[1]), "auto"):
+with open_run(Config(out=sys.argv[1]), "tokenizer"):
     if os.fork() == 0:
         time.sleep(60)
     print(flush=True)
@@ -146,12 +147,25 @@ with open_run(Config(out=sys.argv[1]), "auto"):
     with subprocess.Popen([sys.executable, "-c", holds, tmp_path], stdout=subprocess.PIPE, process_group=0) as other:
         other.stdout.readline()
         with pytest.raises(ConfigError, match=f"another process trains in {tmp_path}"):
-            opened(Config(out=str(tmp_path), width=8), "auto")
+            opened(Config(out=str(tmp_path), width=8))
         assert "width: 4" in (tmp_path / NEW_CONFIG).read_text()
         other.kill()
         other.wait()
-        opened(Config(out=str(tmp_path)), "auto")
+        opened(Config(out=str(tmp_path)))
         os.killpg(other.pid, signal.SIGKILL)
+
+
+def test_a_checkpoint_without_the_part_of_a_rank_is_none(tmp_path, monkeypatch):
+    checked = checkpoint._check_parts
+
+    def on_another_disk(partial):
+        next(partial.glob("*.distcp")).rename(tmp_path / "elsewhere")
+        checked(partial)
+
+    monkeypatch.setattr(checkpoint, "_check_parts", on_another_disk)
+    with pytest.raises(checkpoint.CheckpointError, match="__0_0.distcp, of another rank, is not in .*; there is none"):
+        train(Line(), Counting(), 5, 0, LOOP, tmp_path, "t")
+    assert checkpoint.complete(tmp_path / "checkpoints") == []
 
 
 def test_a_second_sigterm_does_not_end_the_last_save(tmp_path, monkeypatch):
@@ -166,6 +180,7 @@ def test_a_second_sigterm_does_not_end_the_last_save(tmp_path, monkeypatch):
     try:
         with pytest.raises(SystemExit) as stopped:
             train(Line(kill_at=3), Counting(), 20, 0, LOOP, tmp_path, "t")
+        os.kill(os.getpid(), signal.SIGTERM)  # what a stopped run has yet to do is not ended either
     finally:
         signal.signal(signal.SIGTERM, before)
     assert stopped.value.code == 0 and not reached
@@ -359,8 +374,8 @@ def test_metrics_after_the_checkpoint_are_dropped_and_a_cut_line_is_tolerated(tm
     assert steps == sorted(set(steps)) and steps[-1] == 20
 
 
-def opened(*args, **options):
-    with open_run(*args, **options) as out:
+def opened(cfg, resume="auto", ignore=()):
+    with open_run(replace(cfg, resume=resume), "tokenizer", ignore) as out:
         (out / NEW_CONFIG).replace(out / CONFIG)  # as `train` does
         return out
 
@@ -368,54 +383,74 @@ def opened(*args, **options):
 def test_a_run_folder_that_is_a_file_is_named(tmp_path):
     (tmp_path / "notes").write_text("in the way")
     with pytest.raises(ConfigError, match="out=.*notes is a file; name a folder"):
-        opened(Config(out=str(tmp_path / "notes")), "auto")
+        opened(Config(out=str(tmp_path / "notes")))
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(ConfigError, match="out=.*link is a link that leads nowhere; name a folder"):
+        opened(Config(out=str(tmp_path / "link")))
 
 
-def on_a_disk_of_its_own(rank, folder):
+@pytest.mark.parametrize("resume", ["auto", "never", "anyway"])
+def test_what_a_run_has_published_is_not_replaced_by_one_that_begins_anew(tmp_path, resume):
+    (tmp_path / "checkpoints").mkdir()  # emptied to make room
+    (tmp_path / "tokenizer").mkdir()
+    with pytest.raises(ConfigError, match="tokenizer is there, but no checkpoint to go on from.*or delete it"):
+        opened(Config(out=str(tmp_path)), resume)
+
+
+def on_a_disk_of_its_own(rank, folder, name):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vtp.engine.loop.SIGHT", 0.3)
         try:
-            with open_run(Config(out=str(folder / f"host{rank}/run")), "auto") as out:
+            with open_run(Config(out=str(folder / f"{name}{rank}/run")), "tokenizer") as out:
                 return out
         except ConfigError as error:
             return str(error)
 
 
 def test_a_run_folder_that_not_all_hosts_see_is_refused(tmp_path, two_ranks):
-    for rank, said in enumerate(two_ranks(on_a_disk_of_its_own, tmp_path)):
-        assert f"host{rank}/run is not the same folder for 1 of 2 ranks; name one on a file system" in said
-    assert not (tmp_path / "host0/run" / NEW_CONFIG).exists()
+    for rank in range(2):  # what runs leave that are killed while they wait, the hosts numbered otherwise
+        left = tmp_path / f"left{rank}/run"
+        left.mkdir(parents=True)
+        (left / NEW_CONFIG).touch()
+        (left / ".seen_0123456789abcdef").touch()
+    for name in ("host", "left"):
+        for rank, said in enumerate(two_ranks(on_a_disk_of_its_own, tmp_path, name)):
+            assert f"{name}{rank}/run is not one folder: rank 1 on " in said
+            assert f" has a {tmp_path}/{name}1/run of its own; name one that all hosts and ranks share" in said
+        assert [path.name for path in (tmp_path / f"{name}0/run").glob(".seen_*")] == []
     (tmp_path / "host1").symlink_to(tmp_path / "host0")  # where nothing was made
-    assert two_ranks(on_a_disk_of_its_own, tmp_path) == [tmp_path / "host0/run", tmp_path / "host1/run"]
+    assert two_ranks(on_a_disk_of_its_own, tmp_path, "host") == [tmp_path / "host0/run", tmp_path / "host1/run"]
 
 
 def test_a_run_folder_refuses_another_configuration_unless_told(tmp_path, capsys):
     cfg = Config(out=str(tmp_path / "run"))
-    opened(cfg, "auto")
+    opened(cfg)
     opened(Config(out=cfg.out, width=8), "auto")  # nothing was learned yet
     (tmp_path / "run/checkpoints/.step_0000001.partial").mkdir(parents=True)  # killed in the first save
     opened(cfg, "never")
     (tmp_path / "run/checkpoints/step_0000001").mkdir(parents=True)
-    opened(Config(out=cfg.out, workers=3), "auto", ignore=("workers",))
+    opened(Config(out=cfg.out, workers=3), ignore=("workers",))
     with pytest.raises(ConfigError, match="another configuration .width: 4 -> 8."):
-        opened(Config(out=cfg.out, width=8), "auto", ignore=("workers",))
+        opened(Config(out=cfg.out, width=8), ignore=("workers",))
     opened(Config(out=cfg.out, width=8, workers=3), "anyway", ignore=("workers",))
+    assert "resume: auto" in (tmp_path / "run" / CONFIG).read_text()  # anyway is not for the times to come
     said = capsys.readouterr().err
     assert "width: 4 -> 8" in said and "workers: 0 -> 3" in said
     cfg = Config(out=cfg.out, width=8)
     with pytest.raises(ConfigError, match="already holds a run"):
         opened(cfg, "never")
-    with pytest.raises(ZeroDivisionError), open_run(Config(out=cfg.out, width=9), "anyway") as out:
+    with pytest.raises(ZeroDivisionError), open_run(Config(out=cfg.out, width=9, resume="anyway"), "tokenizer") as out:
         raise ZeroDivisionError  # before `train` has loaded a checkpoint
     assert "width: 8" in (out / CONFIG).read_text() and not (out / NEW_CONFIG).exists()
     for spoil, reason in (
         (lambda: (out / CONFIG).write_bytes(b"width: [\xff"), "is not valid YAML"),
         (lambda: (out / CONFIG).write_text("breadth: 8"), "unknown key 'breadth'"),
+        (lambda: (out / CONFIG).write_text(""), "is empty"),
         (lambda: (out / CONFIG).unlink(), "no configuration file at"),
     ):
         spoil()
         with pytest.raises(ConfigError, match=f"holds checkpoints, .* is not known .*{reason}.* put config.yaml back"):
-            opened(cfg, "auto")
+            opened(cfg)
         opened(cfg, "anyway")
         assert reason in capsys.readouterr().err and config.load(out / CONFIG, Config()).width == 8
 
@@ -546,7 +581,7 @@ def test_a_disk_that_is_full_when_a_run_begins_is_an_error_that_names_the_file(t
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
     try:
-        with pytest.raises(OSError, match="too large: .*config.yaml"), open_run(Config(out=str(tmp_path)), "auto"):
+        with pytest.raises(OSError, match="too large: .*config.yaml"), open_run(Config(out=str(tmp_path)), "tokenizer"):
             pass
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)

@@ -7,7 +7,6 @@ step in the name orders them, never time or size. Tensors have their global shap
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import warnings
@@ -20,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 
 from vtp import dist
 from vtp.engine.logging import say
-from vtp.files import file_sha256
+from vtp.files import file_sha256, to_disk
 
 PROGRESS, MANIFEST = "progress.json", "manifest.json"
 _NAME = re.compile(r"step_\d{7,}")
@@ -92,13 +91,15 @@ class Checkpoints:
             if not dist.is_main():
                 return
             (partial / PROGRESS).write_text(json.dumps({"step": step, **progress}))
+            _check_parts(partial)
             files = {path.name: file_sha256(path) for path in sorted(partial.iterdir())}
             (partial / MANIFEST).write_text(json.dumps({"step": step, "sha256": files}, indent=2))
-            _to_disk(partial)
+            for path in (*partial.iterdir(), partial):  # contents before names
+                to_disk(path)
             final = self.folder / f"step_{step:07d}"
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
-            _sync(self.folder)
+            to_disk(self.folder)
             self._remove_old()
         except BaseException as error:  # DCP wraps what a rank met in a class of its own that is no Exception
             reason = _reason(error)
@@ -182,6 +183,14 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
+def _check_parts(partial: Path) -> None:
+    """That the tensors of all ranks are here, and not on a disk which this one does not see."""
+    written = dcp.FileSystemReader(partial).read_metadata().storage_data or {}
+    for name in sorted({info.relative_path for info in written.values()}):
+        if not (partial / name).is_file():
+            raise OSError(f"{name}, of another rank, is not in {partial}")
+
+
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or nothing."""
     try:
@@ -196,21 +205,6 @@ def _damage(path: Path) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST}: {type(error).__name__}: {error}"
     return None
-
-
-def _to_disk(folder: Path) -> None:
-    """Contents before names: what is renamed survives a power cut."""
-    for path in folder.iterdir():
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _reason(error: BaseException) -> str:

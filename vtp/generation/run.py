@@ -44,7 +44,7 @@ def train_dit(cfg: DiTTrainConfig) -> Path:
         raise ConfigError(f"model: {error}") from None
     device = pick_device(cfg.device)
     cfg = replace(cfg, precision=pick_precision(cfg.precision, device))  # a resumed run keeps what this one took
-    with open_run(cfg, cfg.resume, ignore=ORCHESTRATION) as out:
+    with open_run(cfg, "model", ignore=ORCHESTRATION) as out:
         reseed(cfg.seed, 0, 0)  # every rank starts from the same weights
         reuse_memory(device)
         learner = DiTLearner(cfg, LightningDiT(shape), latents, device)

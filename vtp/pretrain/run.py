@@ -41,7 +41,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
     device = pick_device(cfg.device)
     cfg = replace(cfg, precision=pick_precision(cfg.precision, device))  # a resumed run keeps what this one took
     loader = open_loader(cfg, device)
-    with open_run(cfg, cfg.resume, ignore=ORCHESTRATION) as out:
+    with open_run(cfg, "tokenizer", ignore=ORCHESTRATION) as out:
         reseed(cfg.seed, 0, 0)  # every rank starts from the same weights
         reuse_memory(device)
         learner = PretrainLearner(cfg, device)

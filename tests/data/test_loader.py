@@ -1,6 +1,10 @@
 import itertools
 import json
+import subprocess
+import sys
+import time
 from collections import Counter
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ from PIL import Image
 from tests.data.test_sources import picture, write_tar
 from vtp.config import ConfigError
 from vtp.data.batches import ClipBatch, cut
-from vtp.data.loader import Loader
+from vtp.data.loader import Loader, _outlive_signals
 from vtp.data.order import Place, _epoch, positions
 from vtp.data.sources import open_source
 from vtp.data.views import BatchConfig, ViewsConfig
@@ -392,3 +396,25 @@ def test_sizes_are_checked_before_anything_is_read():
 
 
 # --- evaluation passes ---
+
+
+def hanging(ready):
+    _outlive_signals(0)
+    ready.set()
+    time.sleep(60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing tells a process who sends it a signal")
+def test_a_worker_obeys_its_trainer_alone():
+    """A hung worker would be left behind by a trainer that exits, were that SIGTERM ignored too."""
+    context = get_context("spawn")
+    ready = context.Event()
+    worker = context.Process(target=hanging, args=(ready,))
+    worker.start()
+    assert ready.wait(60)
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # somebody else
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == 0

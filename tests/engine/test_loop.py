@@ -187,6 +187,12 @@ def test_a_second_sigterm_does_not_end_the_last_save(tmp_path, monkeypatch):
     assert checkpoint.complete(tmp_path / "checkpoints")[-1].name == "step_0000004"
 
 
+def test_a_stop_in_the_last_step_leaves_signals_as_they_were(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    train(Line(kill_at=4), Counting(), 5, 0, LOOP, tmp_path, "t")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_another_seed_is_another_run(tmp_path):
     a, b = Line(), Line()
     train(a, Counting(), 6, 0, LOOP, tmp_path / "a", "t")
@@ -391,9 +397,10 @@ def test_a_run_folder_that_is_a_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("resume", ["auto", "never", "anyway"])
 def test_what_a_run_has_published_is_not_replaced_by_one_that_begins_anew(tmp_path, resume):
-    (tmp_path / "checkpoints").mkdir()  # emptied to make room
+    (tmp_path / "checkpoints/step_best").mkdir(parents=True)  # somebody's copy; the others were deleted to make room
     (tmp_path / "tokenizer").mkdir()
-    with pytest.raises(ConfigError, match="tokenizer is there, but no checkpoint to go on from.*or delete it"):
+    message = "already holds a run" if resume == "never" else "tokenizer is there, but no checkpoint to go on from"
+    with pytest.raises(ConfigError, match=message):
         opened(Config(out=str(tmp_path)), resume)
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -170,6 +171,9 @@ def test_linear_on_amd_differentiates_as_torchs(on_amd, monkeypatch):
         y = x.clone().requires_grad_()
         rows = torch.autograd.grad(layer(y).sum(0), y, torch.eye(24), is_grads_batched=True)
         along = [*jvp(layer, (x,), (t,)), *jvp(moved, (weights["weight"],), (torch.ones(24, 256),))]
+        with forward_ad.dual_level():
+            moving = layer(forward_ad.make_dual(x, t))
+            along.append(forward_ad.unpack_dual(moving).tangent)
         return [*penalty(), *samples.values(), *rows, *along, torch.func.hessian(loss, 1)(weights, x[0])]
 
     mine = results()

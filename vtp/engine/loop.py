@@ -137,7 +137,7 @@ def open_run(cfg: Any, published: str, ignore: tuple[str, ...] = ()) -> Iterator
         resumed = any((out / "checkpoints").glob("[!.]*"))  # hidden is a first save that was killed
         if resumed and cfg.resume == "never":
             raise ConfigError(f"{out} already holds a run; choose another out=, delete it, or set resume=auto")
-        if not resumed and (out / published).exists():
+        if (out / published).exists() and not checkpoint.complete(out / "checkpoints"):
             raise ConfigError(
                 f"{out / published} is there, but no checkpoint to go on from: the run would begin anew and replace "
                 "it; choose another out=, or delete it"
@@ -226,7 +226,7 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
             saved; or what is learned itself is not finite when it is to be saved.
         CheckpointError: no checkpoint can be read, or the last one not written.
         ConfigError: the newest checkpoint is of a later step than `steps`.
-        SystemExit: code 0 after SIGTERM, 130 after Ctrl-C, both with a checkpoint written.
+        SystemExit: code 0 after SIGTERM, 130 after Ctrl-C, both with a checkpoint written; SIGTERM is ignored then.
     """
     folder = out / "checkpoints"
     checkpoints = checkpoint.Checkpoints(folder, loop.keep, loop.keep_every)
@@ -322,6 +322,7 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
         checkpoints.wait()  # a second SIGTERM must not end the last save
     if stop.agreed is not None and step + 1 < steps:
         say(f"stopped at step {step + 1} of {steps}; the same command goes on from there")
+        stop.ignore()  # another one must not end what a process has yet to do that leaves
         raise SystemExit(0 if stop.agreed == signal.SIGTERM else 130)
 
 
@@ -426,9 +427,13 @@ class _Stop:
         answer = torch.tensor(self.signal or 0)
         self._asked = answer, td.all_reduce(answer, td.ReduceOp.MAX, async_op=True)
 
+    def ignore(self) -> None:
+        """Be deaf to SIGTERM from now on; a handler of Python's own would not last to the end of the process."""
+        if signal.SIGTERM in self._before:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._asked is not None and kind is None:
             self._asked[1].wait()
         for number, handler in self._before.items():
-            if self.agreed is None or number == signal.SIGINT:  # another SIGTERM must not end what a stop has yet to do
-                signal.signal(number, handler)
+            signal.signal(number, handler)

@@ -63,9 +63,10 @@ def parallelise(
         if cfg.compile:
             block.compile()
         if shard:
-            # Where the bytes are they travel as bfloat16; inputs stay as they are, for the residual stream is float32.
+            # Where the bytes are they travel as bfloat16; inputs stay as they are, for the residual stream is float32,
+            # which a CPU's norms do not take beside weights in bfloat16.
             low = MixedPrecisionPolicy(
-                param_dtype=torch.bfloat16 if precision == "bf16" else None,
+                param_dtype=torch.bfloat16 if precision == "bf16" and device.type != "cpu" else None,
                 reduce_dtype=torch.float32,
                 cast_forward_inputs=False,
             )

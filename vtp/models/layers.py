@@ -58,7 +58,14 @@ class _LinearAMD(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
         return _onednn_product(x, weight, bias)
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        at, by = ctx.saved_tensors
+        moves = [None if x is None else x @ by.t(), None if weight is None else at @ weight.t(), bias]
+        return sum((move for move in moves if move is not None), torch.zeros(*at.shape[:-1], len(by)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -80,7 +87,9 @@ def _for_amd(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and bool(torch.backends.mkldnn.enabled)
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and (bias is None or bias.shape == weight.shape[:1])
+        and weight.ndim == 2
+        and weight.shape[1] == x.shape[-1]
+        and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
         and not _functorch_is_at_work()
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -32,8 +33,10 @@ def group() -> Iterator[None]:
     try:
         yield
     finally:
-        # A DDP that is freed frees with it a group that nobody else holds: it waits for gloo's threads, with the
-        # interpreter's lock in its hand, for which one of them, to let go of a collective's tensors, may be waiting.
+        # To let go of the last collective's tensors gloo's threads need the interpreter's lock: here they get it. In a
+        # process that ends they would abort it. And a DDP that is freed frees with it a group that nobody else holds:
+        # it waits for those threads with the lock in its hand.
+        time.sleep(0.1)
         _ended.append(td.group.WORLD)
         td.destroy_process_group()
 

@@ -92,6 +92,18 @@ def test_two_ranks_learn_what_one_learns(setting, two_ranks, parallel, centering
             assert value == pytest.approx(sum(o[name] for o in others) / 2, rel=1e-5, abs=1e-5), name
 
 
+def test_sharded_steps_in_bf16_learn_what_copied_ones_learn(setting, two_ranks):
+    """Beside a float32 residual stream, as on a GPU; a CPU's norms refuse weights in bfloat16 there."""
+    cfg, data = setting
+    cfg = replace(cfg, precision="bf16", batch=replace(cfg.batch, clip=4, ssl=3, rec=2))
+    copied, sharded = (
+        two_ranks(on_rank, replace(cfg, parallel=ParallelConfig(shard=shard)), data)[0][1] for shard in (False, True)
+    )
+    for mine, theirs in zip(sharded, copied, strict=True):
+        for name in ("total", "clip", "dino", "ibot", "l1", "grad_norm"):
+            assert mine[name] == pytest.approx(theirs[name], rel=0.02), name
+
+
 def kept_on_rank(rank, cfg, parts):
     """How many tensors' layouts torch remembers after each step."""
     learner_module.finish = lambda batch, *_: batch

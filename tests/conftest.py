@@ -1,6 +1,7 @@
 """Shared fixtures. Shapes in annotations are checked at run time while tests run."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -16,6 +17,14 @@ install_import_hook("vtp", "beartype.beartype")
 import pytest  # noqa: E402
 
 SHARED = Path(os.environ.get("VTP_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+@pytest.fixture(autouse=True)
+def sigterm_as_it_was() -> Iterator[None]:
+    """A run that was stopped leaves it ignored, which a test's children would inherit."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")

@@ -318,11 +318,11 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
             if saving:
                 save(step + 1)
             if stop.agreed is not None:
+                stop.leaving = step + 1 < steps
                 break
         checkpoints.wait()  # a second SIGTERM must not end the last save
-    if stop.agreed is not None and step + 1 < steps:
+    if stop.leaving:
         say(f"stopped at step {step + 1} of {steps}; the same command goes on from there")
-        stop.ignore()  # another one must not end what a process has yet to do that leaves
         raise SystemExit(0 if stop.agreed == signal.SIGTERM else 130)
 
 
@@ -397,6 +397,7 @@ class _Stop:
     def __init__(self) -> None:
         self.signal: int | None = None  # what this rank has caught
         self.agreed: int | None = None  # what all ranks know that one has caught
+        self.leaving = False  # for that
         self._caught_at = 0.0
         self._asked: tuple[Tensor, Any] | None = None
         self._before: dict[int, Any] = {}
@@ -427,13 +428,9 @@ class _Stop:
         answer = torch.tensor(self.signal or 0)
         self._asked = answer, td.all_reduce(answer, td.ReduceOp.MAX, async_op=True)
 
-    def ignore(self) -> None:
-        """Be deaf to SIGTERM from now on; a handler of Python's own would not last to the end of the process."""
-        if signal.SIGTERM in self._before:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._asked is not None and kind is None:
             self._asked[1].wait()
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # Another one must not end what a process has yet to do that leaves; Python's handlers would end before it.
+            signal.signal(number, signal.SIG_IGN if self.leaving and number == signal.SIGTERM else handler)

@@ -1,36 +1,22 @@
 """The loop with a learner of two numbers: resume, faults, records."""
 
-import errno
 import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from vtp import config
 from vtp.config import ConfigError
 from vtp.engine import checkpoint
-from vtp.engine.logging import MACHINE, MetricsLog, say
-from vtp.engine.loop import CONFIG, NEW_CONFIG, LoopConfig, NonFiniteError, open_run, train
+from vtp.engine.logging import MACHINE
+from vtp.engine.loop import LoopConfig, NonFiniteError, train
 from vtp.engine.optim import OptimConfig, adamw, optimizer_tensors, set_schedule, update
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    out: str = "x"
-    width: int = 4
-    workers: int = 0
-    resume: str = "auto"
 
 
 class Counting:
@@ -130,29 +116,6 @@ def test_a_run_is_not_taken_back(tmp_path):
     train(Line(), Counting(), 5, 0, LOOP, tmp_path, "t")
     with pytest.raises(ConfigError, match="step_0000005 is beyond steps=4"):
         train(Line(), Counting(), 4, 0, LOOP, tmp_path, "t")
-
-
-def test_a_folder_is_trained_in_by_one_process(tmp_path):
-    """The lock goes with its process, killed or not, though its children live on."""
-    holds = """
-import os, sys, time
-from vtp.engine.loop import open_run
-from tests.engine.test_loop import Config
-with open_run(Config(out=sys.argv[1]), "tokenizer"):
-    if os.fork() == 0:
-        time.sleep(60)
-    print(flush=True)
-    time.sleep(60)
-"""
-    with subprocess.Popen([sys.executable, "-c", holds, tmp_path], stdout=subprocess.PIPE, process_group=0) as other:
-        other.stdout.readline()
-        with pytest.raises(ConfigError, match=f"another process trains in {tmp_path}"):
-            opened(Config(out=str(tmp_path), width=8))
-        assert "width: 4" in (tmp_path / NEW_CONFIG).read_text()
-        other.kill()
-        other.wait()
-        opened(Config(out=str(tmp_path)))
-        os.killpg(other.pid, signal.SIGKILL)
 
 
 def test_a_checkpoint_without_the_part_of_a_rank_is_none(tmp_path, monkeypatch):
@@ -360,253 +323,3 @@ def test_a_manifest_that_names_not_all_tensors_is_damage(tmp_path, capsys):
     (newer / checkpoint.MANIFEST).write_text(json.dumps(manifest))
     assert checkpoint.newest(tmp_path / "checkpoints") == older
     assert "does not name all files" in " ".join(capsys.readouterr().err.split())
-
-
-def test_lines_keep_brackets_and_length(capsys):
-    line = "published " + "a_long_folder/" * 10 + "x[red]y/tokenizer"
-    say(line)
-    assert capsys.readouterr().err == line + "\n"
-
-
-def test_metrics_after_the_checkpoint_are_dropped_and_a_cut_line_is_tolerated(tmp_path):
-    with pytest.raises(SystemExit):
-        train(Line(kill_at=7), Counting(), 20, 0, LOOP, tmp_path, "t")
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 999, "total": 1}\n{"loss": 1}\n[3]\n7\n{"step": 10')
-    with (tmp_path / "metrics.jsonl").open("ab") as file:
-        file.write(b"\xff\n")
-    train(Line(), Counting(), 20, 0, LOOP, tmp_path, "t")
-    steps = [line["step"] for line in lines(tmp_path)]
-    assert steps == sorted(set(steps)) and steps[-1] == 20
-
-
-def opened(cfg, resume="auto", ignore=()):
-    with open_run(replace(cfg, resume=resume), "tokenizer", ignore) as out:
-        (out / NEW_CONFIG).replace(out / CONFIG)  # as `train` does
-        return out
-
-
-def test_a_run_folder_that_is_a_file_is_named(tmp_path):
-    (tmp_path / "notes").write_text("in the way")
-    with pytest.raises(ConfigError, match="out=.*notes is a file; name a folder"):
-        opened(Config(out=str(tmp_path / "notes")))
-    (tmp_path / "link").symlink_to(tmp_path / "gone")
-    with pytest.raises(ConfigError, match="out=.*link is a link that leads nowhere; name a folder"):
-        opened(Config(out=str(tmp_path / "link")))
-
-
-@pytest.mark.parametrize("resume", ["auto", "never", "anyway"])
-def test_what_a_run_has_published_is_not_replaced_by_one_that_begins_anew(tmp_path, resume):
-    (tmp_path / "checkpoints/step_best").mkdir(parents=True)  # somebody's copy; the others were deleted to make room
-    (tmp_path / "tokenizer").mkdir()
-    message = "already holds a run" if resume == "never" else "tokenizer is there, but no checkpoint to go on from"
-    with pytest.raises(ConfigError, match=message):
-        opened(Config(out=str(tmp_path)), resume)
-
-
-def on_a_disk_of_its_own(rank, folder, name):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vtp.engine.loop.SIGHT", 0.3)
-        try:
-            with open_run(Config(out=str(folder / f"{name}{rank}/run")), "tokenizer") as out:
-                return out
-        except ConfigError as error:
-            return str(error)
-
-
-def test_a_run_folder_that_not_all_hosts_see_is_refused(tmp_path, two_ranks):
-    for rank in range(2):  # what runs leave that are killed while they wait, the hosts numbered otherwise
-        left = tmp_path / f"left{rank}/run"
-        left.mkdir(parents=True)
-        (left / NEW_CONFIG).touch()
-        (left / ".seen_0123456789abcdef").touch()
-    for name in ("host", "left"):
-        for rank, said in enumerate(two_ranks(on_a_disk_of_its_own, tmp_path, name)):
-            assert f"{name}{rank}/run is not one folder: rank 1 on " in said
-            assert f" has a {tmp_path}/{name}1/run of its own; name one that all hosts and ranks share" in said
-        assert [path.name for path in (tmp_path / f"{name}0/run").glob(".seen_*")] == []
-    (tmp_path / "host1").symlink_to(tmp_path / "host0")  # where nothing was made
-    assert two_ranks(on_a_disk_of_its_own, tmp_path, "host") == [tmp_path / "host0/run", tmp_path / "host1/run"]
-
-
-def test_a_run_folder_refuses_another_configuration_unless_told(tmp_path, capsys):
-    cfg = Config(out=str(tmp_path / "run"))
-    opened(cfg)
-    opened(Config(out=cfg.out, width=8), "auto")  # nothing was learned yet
-    (tmp_path / "run/checkpoints/.step_0000001.partial").mkdir(parents=True)  # killed in the first save
-    opened(cfg, "never")
-    (tmp_path / "run/checkpoints/step_0000001").mkdir(parents=True)
-    opened(Config(out=cfg.out, workers=3), ignore=("workers",))
-    with pytest.raises(ConfigError, match="another configuration .width: 4 -> 8."):
-        opened(Config(out=cfg.out, width=8), ignore=("workers",))
-    opened(Config(out=cfg.out, width=8, workers=3), "anyway", ignore=("workers",))
-    assert "resume: auto" in (tmp_path / "run" / CONFIG).read_text()  # anyway is not for the times to come
-    said = capsys.readouterr().err
-    assert "width: 4 -> 8" in said and "workers: 0 -> 3" in said
-    cfg = Config(out=cfg.out, width=8)
-    with pytest.raises(ConfigError, match="already holds a run"):
-        opened(cfg, "never")
-    with pytest.raises(ZeroDivisionError), open_run(Config(out=cfg.out, width=9, resume="anyway"), "tokenizer") as out:
-        raise ZeroDivisionError  # before `train` has loaded a checkpoint
-    assert "width: 8" in (out / CONFIG).read_text() and not (out / NEW_CONFIG).exists()
-    for spoil, reason in (
-        (lambda: (out / CONFIG).write_bytes(b"width: [\xff"), "is not valid YAML"),
-        (lambda: (out / CONFIG).write_text("breadth: 8"), "unknown key 'breadth'"),
-        (lambda: (out / CONFIG).write_text(""), "is empty"),
-        (lambda: (out / CONFIG).unlink(), "no configuration file at"),
-    ):
-        spoil()
-        with pytest.raises(ConfigError, match=f"holds checkpoints, .* is not known .*{reason}.* put config.yaml back"):
-            opened(cfg)
-        opened(cfg, "anyway")
-        assert reason in capsys.readouterr().err and config.load(out / CONFIG, Config()).width == 8
-
-
-def test_decay_is_for_matrices_only():
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = torch.nn.Linear(3, 2)
-            self.cls_token = torch.nn.Parameter(torch.zeros(1, 1, 3))
-            self.scale = torch.nn.Parameter(torch.zeros(()))
-
-    optimizer = adamw(Model().named_parameters(), OptimConfig())
-    decayed, rest = optimizer.param_groups
-    assert [tuple(p.shape) for p in decayed["params"]] == [(2, 3)]
-    assert len(rest["params"]) == 3
-    set_schedule(optimizer, OptimConfig(), 10, 20)
-    assert decayed["weight_decay"] > 0 and rest["weight_decay"] == 0.0
-
-
-def test_tensorboard_holds_what_the_record_holds(tmp_path):
-    pytest.importorskip("tensorboard")
-    train(Line(), Counting(), 4, 0, LoopConfig(log_every=2, save_every=4, tensorboard=True), tmp_path, "t")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    written = [(event.step, event.value) for event in board.Scalars("total")]
-    recorded = [(line["step"], line["total"]) for line in lines(tmp_path)]
-    assert [s for s, _ in written] == [s for s, _ in recorded]
-    torch.testing.assert_close(torch.tensor([v for _, v in written]), torch.tensor([v for _, v in recorded]))
-
-
-@pytest.mark.slow
-def test_weights_and_biases_is_told_what_the_record_holds(tmp_path, monkeypatch):
-    """Offline, and one run of theirs for one folder of ours, also after a resume."""
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    loop = LoopConfig(log_every=2, save_every=4, wandb=True)
-    for steps in (4, 6):
-        train(Line(), Counting(), steps, 0, loop, tmp_path, "t")
-    files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
-    assert {file.name for file in files} == {f"run-{(tmp_path / 'wandb_id.txt').read_text()}.wandb"}
-    told = b"".join(file.read_bytes() for file in files)
-    assert all(repr(line["total"]).encode() in told for line in lines(tmp_path))
-
-
-def test_what_a_line_says_of_the_machine(tmp_path):
-    class Slow(Counting):
-        def __iter__(self):
-            for batch in super().__iter__():
-                time.sleep(0.02)
-                yield batch
-
-    class Known(Line):
-        def step(self, batch, step):
-            time.sleep(0.02)
-            return {**super().step(batch, step), "ideal_seconds": 0.01}
-
-    train(Known(), Slow(), 6, 0, LoopConfig(log_every=3, save_every=6), tmp_path, "t")
-    for line in lines(tmp_path):
-        assert 0.2 < line["data_wait"] < 0.7  # of 20 ms each, and what else a step takes
-        assert 0.01 / 0.2 < line["utilisation"] < 0.01 / 0.04
-        assert 0.05 < line["memory_gb"] < 100
-        assert "ideal_seconds" not in line
-
-
-def test_a_reader_that_is_missing_is_one_clear_error(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"loop.wandb=true needs .*pip install 'vtp\[wandb\]'"):
-        train(Line(), Counting(), 1, 0, LoopConfig(wandb=True), tmp_path, "t")
-
-
-def test_a_key_that_is_missing_is_one_clear_error(tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb")
-
-    def init(**_):
-        raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
-
-    monkeypatch.setattr(wandb, "init", init)
-    with pytest.raises(ConfigError, match="loop.wandb=true: No API key configured.*or set WANDB_MODE=offline"):
-        train(Line(), Counting(), 1, 0, LoopConfig(wandb=True), tmp_path, "t")
-
-
-def test_lines_wait_while_the_disk_is_full(tmp_path, monkeypatch, capsys):
-    log, opened, full = MetricsLog(tmp_path, 0), Path.open, True
-
-    class Full:
-        def __init__(self, file):
-            self.file = file
-
-        def __enter__(self):
-            return self
-
-        def write(self, text):
-            self.file.write(text[:5])
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        def __exit__(self, *_):
-            self.file.close()
-
-    def refuse(self, *args, **options):
-        file = opened(self, *args, **options)
-        return Full(file) if full else file
-
-    monkeypatch.setattr(Path, "open", refuse)
-    for step in (1, 2, 3):
-        log.write(step, {"total": 1.0})
-        log._written.result()
-    full = False
-    log.write(4, {"total": 1.0})
-    log.close()
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
-    assert " ".join(capsys.readouterr().err.split()).count("waits until there is room") == 1
-
-
-def test_a_record_that_cannot_be_written_stops_the_run(tmp_path):
-    log = MetricsLog(tmp_path, 0)
-    log.path.unlink()
-    log.path.mkdir()  # as a folder taken away
-    log.write(1, {"total": 1.0})
-    with pytest.raises(OSError):
-        log.write(2, {"total": 1.0})
-    log.close()
-
-
-def test_a_disk_that_is_full_when_a_run_begins_is_an_error_that_names_the_file(tmp_path):
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
-    try:
-        with pytest.raises(OSError, match="too large: .*config.yaml"), open_run(Config(out=str(tmp_path)), "tokenizer"):
-            pass
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-
-
-def test_a_disk_that_is_full_when_a_run_resumes_keeps_its_record(tmp_path):
-    log = MetricsLog(tmp_path, 0)
-    for step in range(1, 200):
-        log.write(step, {"total": 1.0})
-    log.close()
-    before = log.path.read_text()
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
-    try:
-        with pytest.raises(OSError):
-            MetricsLog(tmp_path, 150)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert log.path.read_text() == before
-    MetricsLog(tmp_path, 150).close()
-    assert [line["step"] for line in lines(tmp_path)] == [*range(1, 151)]

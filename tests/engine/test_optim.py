@@ -73,3 +73,19 @@ def test_a_gradient_that_is_not_finite_changes_nothing(value, clip):
     assert all(torch.equal(x, y) for x, y in zip(after, moments, strict=True))
     step(False)
     assert not torch.equal(named["vector"], before[1])
+
+
+def test_decay_is_for_matrices_only():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 2)
+            self.cls_token = torch.nn.Parameter(torch.zeros(1, 1, 3))
+            self.scale = torch.nn.Parameter(torch.zeros(()))
+
+    optimizer = adamw(Model().named_parameters(), OptimConfig())
+    decayed, rest = optimizer.param_groups
+    assert [tuple(p.shape) for p in decayed["params"]] == [(2, 3)]
+    assert len(rest["params"]) == 3
+    set_schedule(optimizer, OptimConfig(), 10, 20)
+    assert decayed["weight_decay"] > 0 and rest["weight_decay"] == 0.0

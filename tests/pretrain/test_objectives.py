@@ -9,7 +9,7 @@ from vtp.config import ConfigError
 from vtp.data.augment import finish
 from vtp.data.loader import Loader
 from vtp.data.sources import open_source
-from vtp.models import layers
+from vtp.models import linear
 from vtp.objectives import prototypes
 from vtp.objectives.clip import clip_loss
 from vtp.pretrain import learner as learner_module
@@ -34,10 +34,10 @@ def test_a_step_on_amd_is_the_same(tiny, monkeypatch):
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
     model, batch = Pretraining(tiny), a_batch(tiny)
-    monkeypatch.setattr(layers, "CONVOLVED_WIDTH", 1)
+    monkeypatch.setattr(linear, "CONVOLVED_WIDTH", 1)
 
     def step(amd):
-        monkeypatch.setattr(layers, "_mkl_on_amd", lambda: amd)
+        monkeypatch.setattr(linear, "_mkl_on_amd", lambda: amd)
         torch.manual_seed(0)
         losses, _ = model(batch, teacher_temp=0.05)
         total = sum(losses.values())

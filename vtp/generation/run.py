@@ -8,8 +8,9 @@ from pathlib import Path
 from vtp import dist
 from vtp.config import ConfigError
 from vtp.engine.logging import say
-from vtp.engine.loop import open_run, reseed, train
+from vtp.engine.loop import reseed, train
 from vtp.engine.optim import pick_device, pick_precision
+from vtp.engine.run_folder import open_run
 from vtp.engine.speed import reuse_memory
 from vtp.generation.config import DiTTrainConfig
 from vtp.generation.latents import Latents

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vtp.models.config import DecoderConfig
-from vtp.models.layers import Block, linear, make_norm
+from vtp.models.layers import Block, make_norm
+from vtp.models.linear import linear
 from vtp.models.rope import RopeEmbed
 
 

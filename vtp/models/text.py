@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vtp.models.config import TextConfig
-from vtp.models.layers import LayerScale, Linear, Recomputable, attention, linear
+from vtp.models.layers import LayerScale, Linear, Recomputable, attention
+from vtp.models.linear import linear
 
 Groups = tuple[tuple[int, int], ...]  # of each group: texts, tokens in each
 

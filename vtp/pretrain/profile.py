@@ -15,10 +15,10 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from vtp import dist
-from vtp.config import ConfigError
 from vtp.engine.logging import environment, say
 from vtp.engine.loop import reseed
 from vtp.engine.optim import pick_device
+from vtp.engine.run_folder import make_folder
 from vtp.engine.speed import reuse_memory
 from vtp.pretrain.config import PretrainConfig
 from vtp.pretrain.learner import PretrainLearner
@@ -41,9 +41,7 @@ def profile_step(cfg: PretrainConfig, out: Path, steps: int) -> Group:
     """
     device = pick_device(cfg.device)
     loader = open_loader(cfg, device)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file; name a folder")
-    out.mkdir(parents=True, exist_ok=True)  # before the work: it may fail
+    make_folder(out, "--out ")
     reseed(cfg.seed, 0, 0)
     reuse_memory(device)
     learner = PretrainLearner(cfg, device)

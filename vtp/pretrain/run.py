@@ -17,9 +17,10 @@ from vtp.data.samples import in_vain, kept
 from vtp.data.sources import open_source
 from vtp.engine.checkpoint import CheckpointError
 from vtp.engine.logging import say
-from vtp.engine.loop import open_run, reseed, train
+from vtp.engine.loop import reseed, train
 from vtp.engine.optim import pick_device, pick_precision
 from vtp.engine.parallel import whole
+from vtp.engine.run_folder import open_run
 from vtp.engine.speed import reuse_memory
 from vtp.models.vtp_hf import publish
 from vtp.pretrain.config import PretrainConfig

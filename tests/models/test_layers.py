@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vtp.models.config import ViTConfig
-from vtp.models.layers import Block, RMSNorm, attention, residual, scale_init, swiglu_hidden
+from vtp.models.layers import Block, RMSNorm, attention, pack, residual, scale_init, swiglu_hidden, unpack
 from vtp.models.rope import RopeEmbed
 from vtp.models.vit import ViT
 
@@ -57,26 +57,28 @@ def test_stochastic_depth_is_published(shared, drop):
     block.load_state_dict({name[2:]: value for name, value in golden.items() if name.startswith("w/")})
     xs, unrotated = (golden["x1"], golden["x2"]), (torch.ones(1, 16), torch.zeros(1, 16))
     ropes = [tuple(table.expand(x.shape[1], -1) for table in unrotated) for x in xs]
+    groups = tuple(x.shape[:2] for x in xs)
     torch.manual_seed(123)  # attention of both batches, then the feed-forward of both
-    xs = [residual(x, lambda x, rope=rope: block.attend(x, rope), drop) for x, rope in zip(xs, ropes, strict=True)]
-    for x, name in zip(xs, ("y1", "y2"), strict=True):
-        torch.testing.assert_close(residual(x, block.feed, drop), golden[f"drop{drop}/{name}"], atol=1e-5, rtol=1e-5)
+    for x, name in zip(unpack(block(pack(xs), ropes, groups, drop), groups), ("y1", "y2"), strict=True):
+        torch.testing.assert_close(x, golden[f"drop{drop}/{name}"], atol=1e-5, rtol=1e-5)
 
 
 def test_stochastic_depth_keeps_the_expectation():
     torch.manual_seed(0)
-    x = torch.ones(10, 1, 1)
-    out = residual(x, lambda x: 2 * x, 0.25)  # 7 of 10 rows are kept
-    assert out.eq(1).sum() == 3
-    torch.testing.assert_close(out.mean(), torch.tensor(3.0))
-    assert residual(x[:1], lambda x: x, 0.99).item() == 2  # at least one row is kept
+    x, groups = torch.ones(10 * 2 + 4 * 3, 1), ((10, 2), (4, 3))
+    out = unpack(residual(x, groups, lambda x, groups: 2 * x, 0.25), groups)  # 7 of 10 and 3 of 4 are kept
+    for group, dropped in zip(out, (3, 1), strict=True):
+        assert torch.equal(group.eq(1).all(1), group.eq(1).any(1))  # whole sequences
+        assert group[:, 0].eq(1).sum() == dropped
+        torch.testing.assert_close(group.mean(), torch.tensor(3.0))
+    assert residual(x[:1], ((1, 1),), lambda x, _: x, 0.99).item() == 2  # at least one row is kept
 
 
 def test_block_gradients_under_autocast():
     block = Block(32, 2, ffn_layer="swiglu", norm_layer="rmsnorm", init_values=0.1, qk_norm=True)
     x = torch.randn(6, 5, 32, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = block(x, RopeEmbed(16)((2, 2), 1, x.device), 0.5)
+        out = block(x, [RopeEmbed(16)((2, 2), 1, x.device)], None, 0.5)
     assert out.dtype == torch.float32
     out.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in block.parameters())

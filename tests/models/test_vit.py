@@ -56,7 +56,7 @@ def test_reading_some_tokens_is_the_whole_pass_at_those(drop_path):
     for read in (False, True):
         torch.manual_seed(0)  # of the stochastic depth
         if read:
-            values.append(trunk.read(images, places, masks, drop_path))
+            values.append(trunk.read([images], places, masks, drop_path))
         else:
             cls, patches, _ = trunk(images, masks, drop_path)
             values.append(torch.cat([cls, patches.flatten(0, 1)[places]]))
@@ -65,7 +65,18 @@ def test_reading_some_tokens_is_the_whole_pass_at_those(drop_path):
         gradients.append([p.grad for p in trunk.parameters()])
     torch.testing.assert_close(*values)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
-    assert torch.equal(trunk.eval().read(images), trunk.read(images, places[:0]))  # class tokens alone
+    assert torch.equal(trunk.eval().read([images]), trunk.read([images], places[:0]))  # class tokens alone
+
+
+def test_views_of_several_sizes_do_not_see_each_other():
+    """Values, and gradients of all weights, are those of calls apart."""
+    trunk, masks, places = ViT(SMALL).train(), torch.rand(2, 4) < 0.5, torch.tensor([1, 6])
+    views = [torch.randn(2, 3, 8, 8), torch.randn(5, 3, 4, 4), torch.randn(1, 3, 12, 8)]
+    together = trunk.read(views, places, masks)
+    apart = torch.cat([trunk.read(views[:1], places, masks), *(trunk.read([x]) for x in views[1:])])
+    torch.testing.assert_close(together, apart)
+    gradients = [torch.autograd.grad(x.pow(3).sum(), list(trunk.blocks.parameters())) for x in (together, apart)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_intermediate_features_are_those_on_the_way():

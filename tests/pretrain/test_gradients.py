@@ -153,10 +153,12 @@ def test_only_one_micro_batch_is_held_at_a_time(tiny, caches, monkeypatch):
     cfg = cached(replace(tiny, weights=replace(tiny.weights, ssl=0.0), perceptual="none"), 2)
     [batch] = batches(cfg, 1)
     model = objectives_module.Pretraining(cfg).train()
+    tokens = 1 + (batch.clip.images.shape[-1] // cfg.model.vision.patch_size) ** 2
     activations, seen = [], []
 
     def watch(layer, args, out):
-        seen.append((len(out), sum(not a.expired() for a in activations)))  # views, others' activations still there
+        others = sum(not a.expired() for a in activations)  # that are still there
+        seen.append((len(out) // tokens, others))
         activations.append(StorageWeakRef(out.untyped_storage()))
 
     model.student.trunk.blocks[0].mlp.w1.register_forward_hook(watch)

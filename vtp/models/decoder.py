@@ -57,9 +57,9 @@ class PixelDecoder(nn.Module):
         rows, columns = latents.shape[-2:]
         x = self.proj_in(latents.flatten(2).mT)  # [b, n, d]
         x = x.to(self.proj_in.weight.dtype)  # the residual stream stays float32 under autocast, as in the trunk
-        rope = self.rope_embed((rows, columns), 0, x.device)
+        ropes = [self.rope_embed((rows, columns), 0, x.device)]
         for block in self.blocks:
-            x = block(x, rope)
+            x = block(x, ropes)
         x = self.proj_out(self.norm(x))  # [b, n, 3 p p]
         if torch.compiler.is_compiling():  # the same pixels; of the line below an exporter cannot prove what it must
             return F.pixel_shuffle(x.mT.unflatten(2, (rows, columns)), self.patch_size)

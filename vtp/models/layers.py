@@ -5,7 +5,8 @@ Every layer draws its own initial weights once, in `reset_parameters`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,23 @@ from vtp.models.linear import linear
 from vtp.models.rope import rotate
 
 Rope = tuple[Tensor, Tensor]  # cosine and signed sine, see vtp.models.rope
+Groups = tuple[tuple[int, int], ...]  # sequences of one length each: how many, of how many tokens
 
 # The gradient of the CPU's fused attention is up to 10 times slower than batched products on sequences this short.
 SHORT_SEQUENCE = 128
 SCORES = 2**20  # of attention at a time: 2 MB in bfloat16, which a cache holds
+
+
+def pack(groups: Sequence[Float[Tensor, "_ _ d"]]) -> Float[Tensor, "n d"]:
+    """The tokens of all groups behind one another, so that linears see them at once."""
+    rows = [x.flatten(0, 1) for x in groups]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def unpack(x: Float[Tensor, "n d"], groups: Groups) -> list[Float[Tensor, "_ _ d"]]:
+    """The groups again, as views."""
+    parts = x.split([count * length for count, length in groups])
+    return [part.unflatten(0, shape) for part, shape in zip(parts, groups, strict=True)]
 
 
 class Linear(nn.Linear):
@@ -195,29 +209,37 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(dim // num_heads) if qk_norm else None
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Float[Tensor, "b t d"], rope: Rope) -> Float[Tensor, "b t d"]:
-        qk, v = self.qkv(x).unflatten(-1, (3 * self.num_heads, -1)).split([2 * self.num_heads, self.num_heads], dim=2)
+    def forward(self, x: Float[Tensor, "n d"], groups: Groups, ropes: Sequence[Rope]) -> Float[Tensor, "n d"]:
+        """Within each sequence of each group; a group has its own rotations."""
+        parts = unpack(self.qkv(x), groups)
+        return self.proj(pack([self._attend(qkv, rope) for qkv, rope in zip(parts, ropes, strict=True)]))
+
+    def _attend(self, qkv: Float[Tensor, "b t qkv"], rope: Rope) -> Float[Tensor, "b t d"]:
+        qk, v = qkv.unflatten(-1, (3 * self.num_heads, -1)).split([2 * self.num_heads, self.num_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.chunk(2, dim=2)
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2).to(v.dtype)  # float32 under autocast
         qk = rotate(qk, *(table[:, None] for table in rope))  # [b, t, 2 heads, h]
         q, k, v = (y.transpose(1, 2) for y in (*qk.chunk(2, dim=2), v))  # [b, heads, t, h]
-        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
+        return attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def residual(
-    x: Float[Tensor, "b *t d"], branch: Callable[[Tensor], Tensor], drop: float = 0.0
-) -> Float[Tensor, "b *t d"]:
-    """x + branch(x); stochastic depth (Huang et al. 2016) computes the branch for a random subset of the batch only.
+    x: Float[Tensor, "n d"], groups: Groups, branch: Callable[[Tensor, Groups], Tensor], drop: float = 0.0
+) -> Float[Tensor, "n d"]:
+    """x + branch(x); stochastic depth (Huang et al. 2016) computes the branch for some sequences of each group only.
 
-    The kept max(int(b (1 - drop)), 1) rows are scaled by b / kept, so that the expectation is that of the full branch.
+    The kept max(int(b (1 - drop)), 1) of b are scaled by b / kept, so that the expectation is that of the full branch.
     """
     if drop == 0.0:
-        return x + branch(x)
-    kept = max(int(len(x) * (1 - drop)), 1)
-    rows = torch.randperm(len(x), device=x.device)[:kept]
-    update = branch(x.index_select(0, rows)).to(x.dtype)  # under autocast the branch has a lower precision than x
-    return x.index_add(0, rows, update, alpha=len(x) / kept)
+        return x + branch(x, groups)
+    parts = unpack(x, groups)
+    rows = [torch.randperm(count, device=x.device)[: max(int(count * (1 - drop)), 1)] for count, _ in groups]
+    kept = tuple((len(chosen), length) for chosen, (_, length) in zip(rows, groups, strict=True))
+    update = branch(pack([part.index_select(0, chosen) for part, chosen in zip(parts, rows, strict=True)]), kept)
+    updates = unpack(update.to(x.dtype), kept)  # under autocast the branch has a lower precision than x
+    changes = zip(parts, rows, updates, strict=True)
+    return pack([part.index_add(0, chosen, y, alpha=len(part) / len(chosen)) for part, chosen, y in changes])
 
 
 class Recomputable(nn.Module):
@@ -261,24 +283,32 @@ class Block(Recomputable):
         self.mlp = make_ffn(ffn_layer, dim, mlp_ratio)
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
 
-    def attend(self, x: Float[Tensor, "b t d"], rope: Rope) -> Float[Tensor, "b t d"]:
+    def attend(self, x: Float[Tensor, "n d"], groups: Groups, ropes: Sequence[Rope]) -> Float[Tensor, "n d"]:
         """The attention branch, without the sum."""
-        return self.ls1(self.attn(self.norm1(x), rope))
+        return self.ls1(self.attn(self.norm1(x), groups, ropes))
 
-    def feed(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+    def feed(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """The feed-forward branch, without the sum."""
         return self.ls2(self.mlp(self.norm2(x)))
 
     def compute(
-        self, x: Float[Tensor, "b t d"], rope: Rope, drop_path: float = 0.0, rows: Int[Tensor, " n"] | None = None
-    ) -> Float[Tensor, "*b d"]:
-        """All tokens, or those at `rows` of b x t alone: [n, d]."""
-        x = residual(x, lambda x: self.attend(x, rope), drop_path)
-        if rows is None:
-            return residual(x, self.feed, drop_path)
-        if drop_path > 0.0:  # it drops whole images
-            return residual(x, self.feed, drop_path).flatten(0, 1)[rows]
-        return residual(x.flatten(0, 1)[rows], self.feed)
+        self,
+        x: Float[Tensor, "*b d"],
+        ropes: Sequence[Rope],
+        groups: Groups | None = None,
+        drop_path: float = 0.0,
+        rows: Int[Tensor, " m"] | None = None,
+    ) -> Float[Tensor, "... d"]:
+        """Sequences of one length [b t d], or groups of them packed [n d]: of these all tokens, or those at `rows`."""
+        if groups is None:
+            packed = self.compute(x.flatten(0, 1), ropes, ((x.shape[0], x.shape[1]),), drop_path)
+            return packed.unflatten(0, x.shape[:2])
+        x = residual(x, groups, partial(self.attend, ropes=ropes), drop_path)
+        if rows is not None and drop_path == 0.0:
+            x = x[rows]
+            return x + self.feed(x)
+        x = residual(x, groups, lambda x, _: self.feed(x), drop_path)  # stochastic depth drops whole images
+        return x if rows is None else x[rows]
 
 
 @torch.no_grad()

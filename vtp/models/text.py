@@ -10,10 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vtp.models.config import TextConfig
-from vtp.models.layers import LayerScale, Linear, Recomputable, attention
+from vtp.models.layers import Groups, LayerScale, Linear, Recomputable, attention, pack, unpack
 from vtp.models.linear import linear
-
-Groups = tuple[tuple[int, int], ...]  # of each group: texts, tokens in each
 
 
 class CausalAttention(nn.Module):
@@ -36,11 +34,10 @@ class CausalAttention(nn.Module):
     def forward(self, x: Float[Tensor, "n d"], groups: Groups) -> Float[Tensor, "n d"]:
         qkv = linear(x, self.in_proj_weight, self.in_proj_bias)
         seen = []
-        for part, shape in zip(qkv.split([count * length for count, length in groups]), groups, strict=True):
-            heads = part.unflatten(0, shape).unflatten(-1, (3, self.num_heads, -1))
-            q, k, v = heads.transpose(1, 3).unbind(2)  # [b, heads, l, h]
-            seen.append(attention(q, k, v, causal=self.causal).transpose(1, 2).flatten(2).flatten(0, 1))
-        return self.out_proj(seen[0] if len(seen) == 1 else torch.cat(seen))
+        for part in unpack(qkv, groups):
+            q, k, v = part.unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3).unbind(2)  # [b, heads, l, h]
+            seen.append(attention(q, k, v, causal=self.causal).transpose(1, 2).flatten(2))
+        return self.out_proj(pack(seen))
 
 
 class TextMlp(nn.Module):
@@ -94,11 +91,10 @@ class TextTransformer(nn.Module):
     def grouped(self, groups: Sequence[Float[Tensor, "_ _ d"]]) -> list[Float[Tensor, "_ _ d"]]:
         """Texts in groups, each [texts, tokens, d]."""
         shapes = tuple((x.shape[0], x.shape[1]) for x in groups)
-        x = groups[0].flatten(0, 1) if len(groups) == 1 else torch.cat([x.flatten(0, 1) for x in groups])
+        x = pack(groups)
         for block in self.resblocks:
             x = block(x, shapes)
-        parts = x.split([count * length for count, length in shapes])
-        return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
+        return unpack(x, shapes)
 
 
 def pool_text(x: Float[Tensor, "b l d"], text: Int[Tensor, "b l"], pool_type: str) -> Float[Tensor, "b *l d"]:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vtp.models.config import ViTConfig
-from vtp.models.layers import Block, Linear, make_norm
+from vtp.models.layers import Block, Linear, make_norm, pack
 from vtp.models.rope import RopeEmbed
 
 
@@ -91,35 +91,48 @@ class ViT(nn.Module):
             drop_path: share of the batch that skips each residual branch, in [0, 1); in training mode only.
         """
         x, grid = self._embed(images, masks)
-        rope = self.rope_embed(grid, 1, x.device)
+        ropes = [self.rope_embed(grid, 1, x.device)]
         drop_path = drop_path if self.training else 0.0
         for block in self.blocks:
-            x = block(x, rope, drop_path)
+            x = block(x, ropes, None, drop_path)
         x = self.norm(x)
         return Tokens(x[:, 0], x[:, 1:], grid)
 
     def read(
         self,
-        images: Float[Tensor, "b 3 H W"],
+        views: Sequence[Float[Tensor, "_ 3 _ _"]],
         patches: Int[Tensor, " m"] | None = None,
         masks: Bool[Tensor, "b n"] | None = None,
         drop_path: float = 0.0,
     ) -> Float[Tensor, "rows d"]:
-        """The class tokens, then the patches at these places of all images' patches behind one another.
+        """Class tokens of views of several sizes, which share the linears: one pass over the weights.
 
-        As in `forward`, but the last block's feed-forward and the norm see no other token.
+        As in `forward`, but the last block's feed-forward and the norm see no other token than those that are read.
+
+        Args:
+            views: images of one size each, ImageNet-normalised.
+            patches: of the first views also the patches at these places of all their patches behind one another.
+            masks: True where the mask token replaces a patch of the first views.
+            drop_path: as in `forward`.
+
+        Returns:
+            Class tokens of the first views, their patches, class tokens of the other views.
         """
-        x, grid = self._embed(images, masks)
-        rope = self.rope_embed(grid, 1, x.device)
-        drop_path = drop_path if self.training else 0.0
-        n = grid[0] * grid[1]
-        rows = torch.arange(len(images), device=x.device) * (1 + n)
+        embedded = [self._embed(x, masks if i == 0 else None) for i, x in enumerate(views)]
+        groups = tuple((x.shape[0], x.shape[1]) for x, _ in embedded)
+        x = pack([x for x, _ in embedded])
+        ropes = [self.rope_embed(grid, 1, x.device) for _, grid in embedded]
+        rows, start = [], 0
+        for count, length in groups:
+            rows.append(torch.arange(count, device=x.device) * length + start)
+            start += count * length
         if patches is not None:
-            rows = torch.cat([rows, patches + patches // n + 1])
+            rows.insert(1, patches + patches // (groups[0][1] - 1) + 1)
+        drop_path = drop_path if self.training else 0.0
         *before, last = self.blocks
         for block in before:
-            x = block(x, rope, drop_path)
-        return self.norm(last(x, rope, drop_path, rows))
+            x = block(x, ropes, groups, drop_path)
+        return self.norm(last(x, ropes, groups, drop_path, torch.cat(rows)))
 
     def get_intermediate_layers(
         self,
@@ -200,9 +213,9 @@ class ViT(nn.Module):
         self, x: Float[Tensor, "b t d"], grid: tuple[int, int], depth: int
     ) -> Iterator[Float[Tensor, "b t d"]]:
         """The tokens after each of the first `depth` blocks, computed as they are asked for."""
-        rope = self.rope_embed(grid, 1, x.device)
+        ropes = [self.rope_embed(grid, 1, x.device)]
         for block in self.blocks[:depth]:
-            x = block(x, rope)
+            x = block(x, ropes)
             yield x
 
     def bottleneck(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b c"]:

@@ -208,28 +208,26 @@ class Pretraining(nn.Module):
 
     def _self_distillation(self, ssl: SSLBatch, teacher_temp: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """DINO between crops, iBOT on masked patches, KoLeo on the global class tokens."""
-        n_global, batch = ssl.global_crops.shape[:2]
+        n_global = len(ssl.global_crops)
         crops = ssl.global_crops.flatten(0, 1)  # [2B, 3, G, G]
         masked = ssl.mask_indices
 
         with torch.no_grad(), record_function("teacher"):
             trunk = cast(ViT, self.teacher["trunk"])
-            teacher = self._width(trunk.read(crops, masked), trunk)
+            teacher = self._width(trunk.read([crops], masked), trunk)
 
-        trunk, drop = self.student.trunk, self.cfg.drop_path.ssl
-        glob = self._feel("ssl", trunk.read(crops, masked, ssl.masks.flatten(0, 1), drop))
-        parts = [glob]  # [2B + M, d]
-        if len(ssl.local_crops):
-            parts.append(self._feel("ssl", trunk.read(ssl.local_crops.flatten(0, 1), drop_path=drop)))
+        trunk, local = self.student.trunk, ssl.local_crops.flatten(0, 1)
+        views = [crops, local] if len(local) else [crops]
+        student = self._feel("ssl", trunk.read(views, masked, ssl.masks.flatten(0, 1), self.cfg.drop_path.ssl))
         # By shapes alone, which are those of all ranks: were every patch masked, would the logits be many?
-        rows = n_global * batch + ssl.masks.numel() + len(ssl.local_crops) * batch
+        rows = len(crops) + ssl.masks.numel() + len(local)
         many = rows * self.cfg.distil.prototypes > prototypes.LOGITS
         compare = self._compare_in_chunks if many else self._compare
-        dino, ibot, mean, single = compare(self._width(torch.cat(parts), trunk), teacher, ssl, teacher_temp)
+        dino, ibot, mean, single = compare(self._width(student, trunk), teacher, ssl, teacher_temp)
         losses = {"dino": dino, "ibot": ibot}
         readings = {"teacher_entropy_mean": mean, "teacher_entropy_single": single}
         if self.cfg.weights.koleo > 0:
-            losses["koleo"] = torch.stack([koleo_loss(c) for c in glob[: n_global * batch].chunk(n_global)]).mean()
+            losses["koleo"] = torch.stack([koleo_loss(c) for c in student[: len(crops)].chunk(n_global)]).mean()
         if self.cfg.distil.centering == "centering":
             readings["center_norm"] = self.center_cls.norm()
         return losses, readings

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import SafetensorError
+from torch.distributed import DistNetworkError
 
 from tests.tiny import save_tokenizer
 from vtp.cli import _parser, main
@@ -127,17 +128,21 @@ def test_a_full_disk_is_one_line(error, line, inputs, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        ("[pair.cc:547] Connection closed by peer [127.0.0.1]:1427", "vtp (rank 1): another rank has ended"),
         (
-            "DataLoader worker (pid 7) is killed by signal: Killed. ",
+            RuntimeError("[pair.cc:547] Connection closed by peer [127.0.0.1]:1427"),
+            "vtp (rank 1): another rank has ended",
+        ),
+        (DistNetworkError("Broken pipe\nException raised from sendBytes"), "vtp (rank 1): another rank has ended"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
             "vtp (rank 1): DataLoader worker (pid 7) is killed",
         ),
-        ("something of ours", None),
+        (RuntimeError("something of ours"), None),
     ],
 )
 def test_what_ended_elsewhere_is_one_line(error, line, inputs, tmp_path, monkeypatch, capsys):
     def broken(*args, **kwargs):
-        raise RuntimeError(error)
+        raise error
 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr("vtp.models.export.export", broken)

@@ -40,6 +40,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.run is not publish:  # an upload is worth a bar; opening a file of our own is not
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from safetensors import SafetensorError
+    from torch.distributed import DistNetworkError
 
     from vtp.config import ConfigError
     from vtp.engine.checkpoint import CheckpointError
@@ -61,6 +62,8 @@ def _run(args: argparse.Namespace) -> None:
     except RuntimeError as error:
         lines = str(error).splitlines()
         lost = next((line for line in lines if any(words in line for words in LOST)), None)
+        if isinstance(error, DistNetworkError):
+            lost = lines[0]
         if lost is not None and "RANK" in os.environ:
             _refuse(f"another rank has ended, or cannot be reached ({lost.strip()}); what it said itself says why")
         if lines and lines[0].startswith("DataLoader worker"):

@@ -284,6 +284,15 @@ def test_a_checkpoint_without_a_manifest_is_damaged_and_no_run_begins_anew_over_
     assert science(tmp_path) == straight
 
 
+def test_a_checkpoint_under_another_name_does_not_push_newer_ones_out(tmp_path, capsys):
+    train(Line(), Counting(), 5, 0, LOOP, tmp_path, "t")
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "step_0000005", folder / "step_0000099")
+    train(Line(), Counting(), 20, 0, LOOP, tmp_path, "t")
+    assert "(it is that of step 5 under another name)" in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in checkpoint.complete(folder)] == ["step_0000015", "step_0000020"]
+
+
 def test_a_checkpoint_that_cannot_be_removed_is_said_and_ends_nothing(tmp_path, monkeypatch, capsys):
     kept = ["step_0000005", ".step_0000001.partial"]
     (tmp_path / "checkpoints" / kept[1]).mkdir(parents=True)
@@ -306,7 +315,9 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
     assert [path.name for path in checkpoint.complete(tmp_path)] == ["step_0000002", "step_9999998", "step_10000000"]
 
 
-@pytest.mark.parametrize("manifest", ["[]", "3", '{"sha256": ["a"]}', '{"sha256": {}}', "{}", "not JSON"])
+@pytest.mark.parametrize(
+    "manifest", ["[]", "3", '{"step": 1, "sha256": ["a"]}', '{"step": 1, "sha256": {}}', '{"step": 1}', "{}", "no JSON"]
+)
 def test_a_manifest_of_another_shape_is_damage(tmp_path, manifest):
     (tmp_path / "step_0000001").mkdir()
     (tmp_path / "step_0000001" / checkpoint.MANIFEST).write_text(manifest)

@@ -1,5 +1,7 @@
 """bf16 is taken by itself only where the device multiplies it itself: elsewhere it is a hundred times slower."""
 
+import time
+
 import pytest
 import torch
 
@@ -38,8 +40,19 @@ def test_matmul_rate_is_a_rate_of_values_as_a_step_has_them(monkeypatch):
     monkeypatch.setattr(torch, "mm", lambda a, b, out: seen.append(a) or product(a, b, out=out))
     matmul_rate.cache_clear()
     assert 1e9 < matmul_rate(CPU, "fp32") < 1e14
-    assert 0.9 < seen[0].std() < 1.1  # a GPU is faster with equal ones
+    assert 0.9 < seen[-1].std() < 1.1  # a GPU is faster with equal ones
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_matmul_rate_does_not_wait_for_a_slow_product(monkeypatch):
+    seen, product = [], torch.mm
+    monkeypatch.setattr(
+        torch, "mm", lambda a, b, out: seen.append(len(a)) or time.sleep(0.05) or product(a, b, out=out)
+    )
+    matmul_rate.cache_clear()
+    assert 0 < matmul_rate(CPU, "bf16") < 2 * 128**3 / 0.06
+    assert max(seen) == 128 and len(seen) == 8
+    matmul_rate.cache_clear()
 
 
 def test_bf16_in_software_is_done_but_said_once(monkeypatch):

@@ -62,7 +62,25 @@ def test_linear_on_amd_has_the_product_its_gradients_and_its_flops(on_amd, shape
 )
 def test_linear_on_amd_takes_any_bias(on_amd, bias):
     x, weight = torch.randn(5, 256), torch.randn(24, 256)
-    torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-4)
+    expected = F.linear(x, weight, bias)
+    torch.testing.assert_close(linear(x, weight, bias), expected, rtol=1e-5, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x, weight, bias), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_linear_with_a_frozen_weight_does_not_hold_its_input(on_amd):
+    x, weight = torch.randn(5, 256, requires_grad=True), torch.randn(24, 256)
+    hidden = x * 1
+    y = linear(hidden, weight, None)
+    hidden.add_(1)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(5, -1), rtol=1e-5, atol=1e-5)
+
+
+def test_linear_of_no_outputs(on_amd):
+    for grad_is_on in (True, False):
+        with torch.set_grad_enabled(grad_is_on):
+            assert linear(torch.randn(5, 256), torch.randn(0, 256), None).shape == (5, 0)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # jvp's own

@@ -194,7 +194,10 @@ def _check_parts(partial: Path) -> None:
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or nothing."""
     try:
-        expected = json.loads((path / MANIFEST).read_text())["sha256"]
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["step"] != _step(path):  # its name would have newer ones removed
+            return f"it is that of step {manifest['step']} under another name"
+        expected = manifest["sha256"]
         for name, sha256 in expected.items():
             if file_sha256(path / name) != sha256:
                 return f"{name} has changed"

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 CONVOLVED = (torch.float32, torch.bfloat16)  # what oneDNN has fast kernels for
@@ -28,6 +29,7 @@ def linear(x: Float[Tensor, "*b i"], weight: Float[Tensor, "o i"], bias: Tensor 
         or x.dtype not in CONVOLVED
         or x.shape[-1] < CONVOLVED_WIDTH
         or torch.compiler.is_compiling()
+        or not _is_plain(x, weight, bias)
     ):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
@@ -45,15 +47,9 @@ class _LinearAMD(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.save_for_forward(x, weight)
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
         return _onednn_product(x, weight, bias)
-
-    @staticmethod
-    def jvp(ctx: Any, x: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        at, by = ctx.saved_tensors
-        moves = [None if x is None else x @ by.t(), None if weight is None else at @ weight.t(), bias]
-        return sum((move for move in moves if move is not None), torch.zeros(*at.shape[:-1], len(by)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -69,16 +65,21 @@ class _LinearAMD(torch.autograd.Function):
         )
 
 
+def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether shapes are those of a layer; what else F.linear takes or refuses, it may do itself."""
+    fits = weight.shape[1:] == x.shape[-1:] and len(weight) > 0
+    return fits and (bias is None or bias.shape == weight.shape[:1])
+
+
 def _for_amd(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         _mkl_on_amd()
         and bool(torch.backends.mkldnn.enabled)
         and x.dtype == weight.dtype == torch.float32
+        and (bias is None or bias.dtype == x.dtype)
         and not torch.is_autocast_enabled("cpu")
-        and weight.ndim == 2
-        and weight.shape[1] == x.shape[-1]
-        and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
         and not _functorch_is_at_work()
+        and forward_ad._current_level < 0  # nobody asks for derivatives by forward passes
     )
 
 

@@ -190,6 +190,17 @@ def test_many_nans_stop_the_run_and_keep_the_last_good_checkpoint(tmp_path):
     assert learner.model.weight.isfinite().all()
 
 
+def test_a_checkpoint_that_falls_on_a_skipped_step_follows_at_the_next_finite_one(tmp_path, capsys):
+    train(Line(poison_at=[4, 5, 9]), Counting(), 10, 0, LOOP, tmp_path, "t")
+    assert [path.name for path in checkpoint.complete(tmp_path / "checkpoints")] == ["step_0000007", "step_0000010"]
+    straight, said = science(tmp_path), " ".join(capsys.readouterr().err.split())
+    assert "2 skipped" in said and "3 of 10 steps learned nothing" in said and "the last 1 in a row" in said
+    shutil.rmtree(tmp_path / "checkpoints/step_0000010")
+    again = Line(poison_at=[4, 5, 9])
+    train(again, Counting(), 10, 0, LOOP, tmp_path, "t")
+    assert again.seen == [7.0, 8.0, 9.0] and science(tmp_path) == straight
+
+
 def test_a_reading_that_is_not_finite_is_no_step_without_an_update(tmp_path):
     class Blind(Line):
         def step(self, batch, step):

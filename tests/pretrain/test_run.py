@@ -173,7 +173,7 @@ def test_reads_a_truncated_shard_to_its_break(tiny, tmp_path):
 
 def test_nan_stops_the_run_with_the_last_good_checkpoint(tiny):
     optim = OptimConfig(lr=WarmupCosine(peak=1e38, warmup=0.0), clip_grad=0.0)
-    with pytest.raises(NonFiniteError, match="not finite in 6 steps in a row before step 8; no checkpoint"):
+    with pytest.raises(NonFiniteError, match="not finite in 6 steps in a row before step 7; no checkpoint"):
         pretrain(replace(tiny, steps=60, optim=optim))
 
 
@@ -200,6 +200,8 @@ def test_mistakes_are_one_line_each(tmp_path, capsys):
     assert str(tmp_path / "nowhere") in wrong(capsys, "cpu", out, f"data={tmp_path / 'nowhere'}")
     (tmp_path / "empty").mkdir()
     assert str(tmp_path / "empty") in wrong(capsys, "cpu", out, f"data={tmp_path / 'empty'}")
+    among = wrong(capsys, "cpu", f"data={tmp_path / 'empty'}", f"out={tmp_path}/x/../empty")
+    assert "is data itself; name a folder for the run alone" in among and not list((tmp_path / "empty").iterdir())
     odd = wrong(capsys, "quickstart", out, "views.size=30", "model.image_size=30")
     assert "views.size=30" in odd and "multiple" in odd
     assert "no configuration file" in wrong(capsys, str(tmp_path / "none.yaml"))

@@ -153,7 +153,7 @@ class _Wandb:
                 dir=run, name=run.name, id=file.read_text(), resume="allow", config=cast(Any, config), settings=quiet
             )
         except wandb.Error as error:
-            raise ConfigError(f"loop.wandb=true: {error}; or set WANDB_MODE=offline") from None
+            raise ConfigError(f"loop.wandb=true: {str(error).rstrip('.')}; or set WANDB_MODE=offline") from None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)

@@ -89,7 +89,8 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
     SIGTERM finish the step, save, and leave.
 
     A step whose loss or gradient is not finite must leave the weights as they were (`optim.update` does; a teacher
-    follows them as ever); it is counted in `skipped`, and not in the means of its window.
+    follows them as ever); it is counted in `skipped`, and not in the means of its window. A checkpoint that falls on
+    such a step is written after the next finite one.
 
     Raises:
         NonFiniteError: more than `loop.max_skipped` such steps in a row, after the last finite one of which nothing is
@@ -113,6 +114,7 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
     log = MetricsLog(out, done, loop.tensorboard, loop.wandb)
     window: list[Mapping[str, Tensor | float]] = []
     due: _Reading | None = None
+    owed = False  # a checkpoint, since a step that was skipped
     waited = 0.0  # for batches
     started = window_started = time.perf_counter()
 
@@ -156,6 +158,7 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
             raise _stopped(bad, f"in {in_a_row} steps in a row before step {reading.step}", checkpoints)
         waited, window_started = 0.0, now
         status = f"loss {values['total']:.3f}  {values['images_per_second']:.0f} images/s"
+        status += f"  {skipped} skipped" if skipped else ""
         bar.update(task, status=status)
         if not console.is_terminal:  # a file, in which there are no bars
             left = timedelta(seconds=round((steps - reading.step) * lasted / len(finite)))
@@ -176,12 +179,12 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
                 due = None
             stop.agree()
             last = step + 1 == steps or stop.agreed is not None
-            saving = last or (step + 1) % loop.save_every == 0
+            saving = last or owed or (step + 1) % loop.save_every == 0
             if saving or (step + 1) % loop.log_every == 0:
                 due, window = _Reading(step + 1, window), []
             if due is not None and (saving or due.here):
-                saving = (settle(due) or last) and saving
-                due = None
+                good = settle(due) or last
+                owed, saving, due = saving and not good, saving and good, None
             bar.update(task, completed=step + 1)
             if saving:
                 save(step + 1)
@@ -189,6 +192,9 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
                 stop.leaving = step + 1 < steps
                 break
         checkpoints.wait()  # a second SIGTERM must not end the last save
+    if skipped and done < steps:
+        ends = f", the last {in_a_row} in a row: is what came of it what you want?" if in_a_row else ""
+        say(f"{skipped} of {step + 1} steps learned nothing, for a loss or gradient was not finite{ends}")
     if stop.leaving:
         say(f"stopped at step {step + 1} of {steps}; the same command goes on from there")
         raise SystemExit(0 if stop.agreed == signal.SIGTERM else 130)

@@ -74,6 +74,10 @@ def open_loader(cfg: PretrainConfig, device: torch.device) -> Loader:
         raise ConfigError(
             f"model.image_size={cfg.model.image_size} is not views.size={cfg.views.size}; make them equal"
         )
+    for name in DATA:
+        given = getattr(cfg, name)
+        if given is not None and Path(given).resolve() == Path(cfg.out).resolve():
+            raise ConfigError(f"out={cfg.out} is {name} itself; name a folder for the run alone")
     source = open_source(cfg.data, cfg.annotations)
     tokenizer = get_tokenizer(context_length=cfg.model.text.context_length) if cfg.weights.clip > 0 else None
     return Loader(

@@ -46,6 +46,7 @@ def main(
     reuse_memory(device)
     torch.manual_seed(0)
     vit = ViT(ViTConfig(embed_dim=384, depth=12, num_heads=6)).to(device)
+    assert compiled in ("", "compile"), f"compile, or nothing, instead of {compiled}"
     if compiled:
         for block in vit.blocks:
             block.compile()
@@ -66,7 +67,9 @@ def main(
         return time.perf_counter() - start, out
 
     results = {way: once(way)[1] for way in ways for _ in range(WARM)}
-    torch.testing.assert_close(*results.values(), rtol=1e-2, atol=1e-1 if precision == "bf16" else 1e-4)
+    one, other = (out.double() for out in results.values())
+    error = float((one - other).norm() / one.norm())
+    assert error < (2e-2 if precision == "bf16" else 1e-5), f"the two differ by {error}"
     rounds = [{way: once(way)[0] for way in (ways if i % 2 else reversed(ways))} for i in range(ROUNDS)]
     times = {way: statistics.median(r[way] for r in rounds) for way in ways}
     ratio = statistics.median(r["separate"] / r["packed"] for r in rounds)

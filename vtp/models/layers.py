@@ -299,10 +299,10 @@ class Block(Recomputable):
         drop_path: float = 0.0,
         rows: Int[Tensor, " m"] | None = None,
     ) -> Float[Tensor, "... d"]:
-        """Sequences of one length [b t d], or groups of them packed [n d]: of these all tokens, or those at `rows`."""
+        """Sequences of one length [b t d], or groups of them packed [n d]: all tokens, or of all n those at `rows`."""
         if groups is None:
-            packed = self.compute(x.flatten(0, 1), ropes, ((x.shape[0], x.shape[1]),), drop_path)
-            return packed.unflatten(0, x.shape[:2])
+            packed = self.compute(x.flatten(0, 1), ropes, ((x.shape[0], x.shape[1]),), drop_path, rows)
+            return packed.unflatten(0, x.shape[:2]) if rows is None else packed
         x = residual(x, groups, partial(self.attend, ropes=ropes), drop_path)
         if rows is not None and drop_path == 0.0:
             x = x[rows]

@@ -118,10 +118,11 @@ class ViT(nn.Module):
         Returns:
             Class tokens of the first views, their patches, class tokens of the other views.
         """
-        embedded = [self._embed(x, masks if i == 0 else None) for i, x in enumerate(views)]
-        groups = tuple((x.shape[0], x.shape[1]) for x, _ in embedded)
-        x = pack([x for x, _ in embedded])
-        ropes = [self.rope_embed(grid, 1, x.device) for _, grid in embedded]
+        embedded, grids = zip(*(self._embed(x, masks if i == 0 else None) for i, x in enumerate(views)), strict=True)
+        groups = tuple((x.shape[0], x.shape[1]) for x in embedded)
+        x = pack(embedded)
+        del embedded  # `x` is a copy, and memory is dear
+        ropes = [self.rope_embed(grid, 1, x.device) for grid in grids]
         rows, start = [], 0
         for count, length in groups:
             rows.append(torch.arange(count, device=x.device) * length + start)

@@ -63,7 +63,7 @@ def _run(args: argparse.Namespace) -> None:
         lines = str(error).splitlines()
         lost = next((line for line in lines if any(words in line for words in LOST)), None)
         if isinstance(error, DistNetworkError):
-            lost = lines[0]
+            _refuse(f"the ranks do not meet, or one has ended: {lines[0]}")
         if lost is not None and "RANK" in os.environ:
             _refuse(f"another rank has ended, or cannot be reached ({lost.strip()}); what it said itself says why")
         if lines and lines[0].startswith("DataLoader worker"):

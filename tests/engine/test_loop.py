@@ -201,6 +201,14 @@ def test_a_checkpoint_that_falls_on_a_skipped_step_follows_at_the_next_finite_on
     assert again.seen == [7.0, 8.0, 9.0] and science(tmp_path) == straight
 
 
+def test_a_streak_of_skipped_steps_goes_on_over_a_stop(tmp_path):
+    """What ends with a checkpoint inside of it, as after SIGTERM, and is gone on with."""
+    loop, poison = replace(LOOP, max_skipped=5), range(6, 20)
+    train(Line(poison), Counting(), 9, 0, loop, tmp_path, "t")
+    with pytest.raises(NonFiniteError, match="in 6 steps in a row before step 12"):
+        train(Line(poison), Counting(), 20, 0, loop, tmp_path, "t")
+
+
 def test_a_reading_that_is_not_finite_is_no_step_without_an_update(tmp_path):
     class Blind(Line):
         def step(self, batch, step):

@@ -200,12 +200,20 @@ def test_mistakes_are_one_line_each(tmp_path, capsys):
     assert str(tmp_path / "nowhere") in wrong(capsys, "cpu", out, f"data={tmp_path / 'nowhere'}")
     (tmp_path / "empty").mkdir()
     assert str(tmp_path / "empty") in wrong(capsys, "cpu", out, f"data={tmp_path / 'empty'}")
-    among = wrong(capsys, "cpu", f"data={tmp_path / 'empty'}", f"out={tmp_path}/x/../empty")
-    assert "is data itself; name a folder for the run alone" in among and not list((tmp_path / "empty").iterdir())
     odd = wrong(capsys, "quickstart", out, "views.size=30", "model.image_size=30")
     assert "views.size=30" in odd and "multiple" in odd
     assert "no configuration file" in wrong(capsys, str(tmp_path / "none.yaml"))
     assert not (tmp_path / "x").exists()  # nothing was begun
+
+
+@pytest.mark.parametrize("data", ["{}", "~/data", "scenes::{}@3"])
+def test_a_run_does_not_write_among_its_data(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    place = folder(tmp_path / "data")
+    (tmp_path / "link").symlink_to(place)
+    there = sorted(place.rglob("*"))
+    said = wrong(capsys, "cpu", f"data={data.format(place)}", f"out={tmp_path / 'link'}")
+    assert "is where data are; name a folder for the run alone" in said and sorted(place.rglob("*")) == there
 
 
 def test_a_run_folder_of_another_configuration_is_refused(tiny):

@@ -109,6 +109,7 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
             raise ConfigError(f"{found} is beyond steps={steps}; ask for more steps, or choose another out=")
         batches.load_state_dict(progress["batches"])
         done, images, seconds, skipped = (progress[name] for name in ("step", "images", "seconds", "skipped"))
+        in_a_row = progress.get("in_a_row", 0)  # a run of before it was kept
         say(f"resumed {found}")
     keep_config(out)
     log = MetricsLog(out, done, loop.tensorboard, loop.wandb)
@@ -125,11 +126,11 @@ def train(learner: Learner, batches: Batches, steps: int, seed: int, loop: LoopC
         return images + (step - done) * learner.images_per_step
 
     def save(step: int) -> None:
-        progress = {"batches": batches.state_dict(), "seconds": clock(), "skipped": skipped, "images": images_of(step)}
+        counts = {"seconds": clock(), "skipped": skipped, "in_a_row": in_a_row, "images": images_of(step)}
         tensors = learner.tensors()
         if bad := _not_finite(tensors):
             raise _stopped(bad, f"after step {step}", checkpoints)
-        checkpoints.save(step, tensors, progress)
+        checkpoints.save(step, tensors, {"batches": batches.state_dict(), **counts})
 
     def hopeless() -> bool:
         return in_a_row > loop.max_skipped or skipped == steps

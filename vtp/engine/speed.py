@@ -13,37 +13,37 @@ import torch
 
 from vtp.engine.optim import Precision
 
-ENOUGH = 0.05  # seconds; a product that takes so long is large enough to show the rate
+SLOW = 0.02  # seconds for a product of 256^3; the larger one would take a minute, as of bfloat16 in software
 
 
 @functools.lru_cache
 def matmul_rate(device: torch.device, precision: Precision) -> float:
-    """FLOP/s of a square matrix product in the precision of the step, measured once a process: 2 s at most.
+    """FLOP/s of a square matrix product in the precision of the step, measured once a process, in a second.
 
     That, not a data sheet's peak, is what `utilisation` is a share of: it is what this machine, as it is cooled,
     clocked and shared, can reach.
     """
-    largest = 8192 if device.type == "cuda" else 1024
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     # Ones would give too high a rate: what holds a GPU back is its power, and equal bits take less of it.
     generator = torch.Generator(device).manual_seed(0)
 
-    def seconds(side: int, rounds: int) -> float:
+    def seconds(side: int) -> list[float]:
         x = torch.randn(side, side, device=device, dtype=dtype, generator=generator)
         out = torch.empty_like(x)
         times = []
-        for _ in range(rounds):
+        for _ in range(6):
             start = time.perf_counter()
             torch.mm(x, x, out=out)
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
             times.append(time.perf_counter() - start)
-        return statistics.median(times[1:])  # the first has to warm up
+        return times[1:]  # the first has to warm up
 
-    side = 128
-    while side < largest and seconds(side, 2) < ENOUGH:  # bfloat16 in software would take a minute for the largest
-        side *= 2
-    return 2 * side**3 / seconds(side, 6)
+    small = seconds(256)
+    if min(small) > SLOW:
+        return 2 * 256**3 / statistics.median(small)
+    side = 8192 if device.type == "cuda" else 1024
+    return 2 * side**3 / statistics.median(seconds(side))
 
 
 # <malloc.h>

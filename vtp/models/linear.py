@@ -67,7 +67,7 @@ class _LinearAMD(torch.autograd.Function):
 
 def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether shapes are those of a layer; what else F.linear takes or refuses, it may do itself."""
-    fits = weight.shape[1:] == x.shape[-1:] and len(weight) > 0
+    fits = weight.shape[1:] == x.shape[-1:] and len(weight) > 0 and x.numel() > 0
     return fits and (bias is None or bias.shape == weight.shape[:1])
 
 

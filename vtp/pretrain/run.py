@@ -12,9 +12,11 @@ from safetensors import SafetensorError
 
 from vtp import dist
 from vtp.config import ConfigError
+from vtp.data.folders import FolderSource
 from vtp.data.loader import Loader
 from vtp.data.samples import in_vain, kept
 from vtp.data.sources import open_source
+from vtp.data.tars import TarSource
 from vtp.engine.checkpoint import CheckpointError
 from vtp.engine.logging import say
 from vtp.engine.loop import reseed, train
@@ -74,11 +76,12 @@ def open_loader(cfg: PretrainConfig, device: torch.device) -> Loader:
         raise ConfigError(
             f"model.image_size={cfg.model.image_size} is not views.size={cfg.views.size}; make them equal"
         )
-    for name in DATA:
-        given = getattr(cfg, name)
-        if given is not None and Path(given).resolve() == Path(cfg.out).resolve():
-            raise ConfigError(f"out={cfg.out} is {name} itself; name a folder for the run alone")
     source = open_source(cfg.data, cfg.annotations)
+    others = {k: open_source(v) for k, v in (("ssl", cfg.ssl_data), ("rec", cfg.rec_data)) if v is not None}
+    for part in (part for each in (source, *others.values()) for part, _ in each.parts):
+        place = Path(part.name).expanduser() if isinstance(part, FolderSource | TarSource) else None
+        if place is not None and place.is_dir() and Path(cfg.out).is_dir() and place.samefile(cfg.out):
+            raise ConfigError(f"out={cfg.out} is where data are; name a folder for the run alone")
     tokenizer = get_tokenizer(context_length=cfg.model.text.context_length) if cfg.weights.clip > 0 else None
     return Loader(
         source,
@@ -90,7 +93,7 @@ def open_loader(cfg: PretrainConfig, device: torch.device) -> Loader:
         workers=cfg.workers,
         pin_memory=device.type == "cuda",
         anew=cfg.resume == "anyway",
-        others={k: open_source(v) for k, v in (("ssl", cfg.ssl_data), ("rec", cfg.rec_data)) if v is not None},
+        others=others,
     )
 
 

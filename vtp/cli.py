@@ -61,9 +61,9 @@ def _run(args: argparse.Namespace) -> None:
         _refuse(text)
     except RuntimeError as error:
         lines = str(error).splitlines()
-        lost = next((line for line in lines if any(words in line for words in LOST)), None)
         if isinstance(error, DistNetworkError):
             _refuse(f"the ranks do not meet, or one has ended: {lines[0]}")
+        lost = next((line for line in lines if any(words in line for words in LOST)), None)
         if lost is not None and "RANK" in os.environ:
             _refuse(f"another rank has ended, or cannot be reached ({lost.strip()}); what it said itself says why")
         if lines and lines[0].startswith("DataLoader worker"):

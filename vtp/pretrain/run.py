@@ -14,7 +14,7 @@ from vtp import dist
 from vtp.config import ConfigError
 from vtp.data.folders import FolderSource
 from vtp.data.loader import Loader
-from vtp.data.samples import in_vain, kept
+from vtp.data.samples import Source, in_vain, kept
 from vtp.data.sources import open_source
 from vtp.data.tars import TarSource
 from vtp.engine.checkpoint import CheckpointError
@@ -78,10 +78,8 @@ def open_loader(cfg: PretrainConfig, device: torch.device) -> Loader:
         )
     source = open_source(cfg.data, cfg.annotations)
     others = {k: open_source(v) for k, v in (("ssl", cfg.ssl_data), ("rec", cfg.rec_data)) if v is not None}
-    for part in (part for each in (source, *others.values()) for part, _ in each.parts):
-        place = Path(part.name).expanduser() if isinstance(part, FolderSource | TarSource) else None
-        if place is not None and place.is_dir() and Path(cfg.out).is_dir() and place.samefile(cfg.out):
-            raise ConfigError(f"out={cfg.out} is where data are; name a folder for the run alone")
+    for each in (source, *others.values()):
+        _keep_apart(each, Path(cfg.out))
     tokenizer = get_tokenizer(context_length=cfg.model.text.context_length) if cfg.weights.clip > 0 else None
     return Loader(
         source,
@@ -95,6 +93,14 @@ def open_loader(cfg: PretrainConfig, device: torch.device) -> Loader:
         anew=cfg.resume == "anyway",
         others=others,
     )
+
+
+def _keep_apart(source: Source, out: Path) -> None:
+    """Refuse a run folder that is a folder of its data."""
+    for part, _ in source.parts:
+        place = Path(part.name).expanduser()
+        if isinstance(part, FolderSource | TarSource) and place.is_dir() and out.is_dir() and place.samefile(out):
+            raise ConfigError(f"out={out} is where data are; name a folder for the run alone")
 
 
 def _report_broken(loader: Loader, cfg: PretrainConfig, file: Path) -> None:

@@ -183,9 +183,9 @@ def test_caption_missing(tiny, tmp_path):
         pretrain(replace(tiny, data=str(data)))
 
 
-def wrong(capsys, *words):
+def wrong(capsys, *words, command="pretrain"):
     with pytest.raises(SystemExit) as stopped:
-        main(["pretrain", *words])
+        main([command, *words])
     assert stopped.value.code == 2
     message = capsys.readouterr().err.strip()
     assert message.startswith("vtp: ") and "\n" not in message
@@ -206,14 +206,24 @@ def test_mistakes_are_one_line_each(tmp_path, capsys):
     assert not (tmp_path / "x").exists()  # nothing was begun
 
 
-@pytest.mark.parametrize("data", ["{}", "~/data", "scenes::{}@3"])
-def test_a_run_does_not_write_among_its_data(data, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("data", ["{}/data", "~/data", "scenes::{}/data@3", "{}/tars/*.tar", "{}/tars/0.tar"])
+@pytest.mark.parametrize("out", ["link/data", "new/../link/data", "~/link/data"])
+def test_a_run_does_not_write_among_its_data(data, out, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
-    place = folder(tmp_path / "data")
-    (tmp_path / "link").symlink_to(place)
-    there = sorted(place.rglob("*"))
-    said = wrong(capsys, "cpu", f"data={data.format(place)}", f"out={tmp_path / 'link'}")
-    assert "is where data are; name a folder for the run alone" in said and sorted(place.rglob("*")) == there
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "data")
+    if "tars" in data:
+        (tmp_path / "tars").mkdir()
+        with tarfile.open(tmp_path / "tars" / "0.tar", "w") as tar:
+            for file in sorted((tmp_path / "data").iterdir()):
+                tar.add(file, file.name)
+    (tmp_path / "link").symlink_to(tmp_path)
+    out = out.replace("data", "tars" if "tars" in data else "data")
+    there = sorted(tmp_path.rglob("*"))
+    data = f"data={data.format(tmp_path)}"
+    for said in (wrong(capsys, "cpu", data, f"out={out}"), wrong(capsys, "cpu", data, "--out", out, command="profile")):
+        assert "is where data are; name a folder for the run alone" in said
+    assert sorted(tmp_path.rglob("*")) == there
 
 
 def test_a_run_folder_of_another_configuration_is_refused(tiny):

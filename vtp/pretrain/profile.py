@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,10 @@ def profile_step(cfg: PretrainConfig, out: Path, steps: int) -> Group:
     take the steps, and the first one's are told.
 
     Raises:
-        ConfigError: data or views cannot be used, or `out` is a file.
+        ConfigError: data or views cannot be used, or `out` is a file or where data are.
     """
     device = pick_device(cfg.device)
-    loader = open_loader(cfg, device)
+    loader = open_loader(replace(cfg, out=str(out)), device)
     make_folder(out, "--out ")
     reseed(cfg.seed, 0, 0)
     reuse_memory(device)

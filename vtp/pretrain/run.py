@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from vtp.config import ConfigError
 from vtp.data.folders import FolderSource
 from vtp.data.loader import Loader
 from vtp.data.samples import Source, in_vain, kept
+from vtp.data.shards import REMOTE
 from vtp.data.sources import open_source
 from vtp.data.tars import TarSource
 from vtp.engine.checkpoint import CheckpointError
@@ -96,10 +98,12 @@ def open_loader(cfg: PretrainConfig, device: torch.device) -> Loader:
 
 
 def _keep_apart(source: Source, out: Path) -> None:
-    """Refuse a run folder that is a folder of its data."""
+    """Refuse a run folder that is the folder of its data, or of shards of them."""
     for part, _ in source.parts:
-        place = Path(part.name).expanduser()
-        if isinstance(part, FolderSource | TarSource) and place.is_dir() and out.is_dir() and place.samefile(out):
+        places = {part.name} if isinstance(part, FolderSource) else set()
+        if isinstance(part, TarSource):
+            places = {os.path.dirname(shard) for shard in part.shards if not REMOTE.match(shard)}
+        if out.expanduser().resolve() in {Path(place).expanduser().resolve() for place in places}:
             raise ConfigError(f"out={out} is where data are; name a folder for the run alone")
 
 

@@ -206,7 +206,9 @@ def test_mistakes_are_one_line_each(tmp_path, capsys):
     assert not (tmp_path / "x").exists()  # nothing was begun
 
 
-@pytest.mark.parametrize("data", ["{}/data", "~/data", "scenes::{}/data@3", "{}/tars/*.tar", "{}/tars/0.tar"])
+@pytest.mark.parametrize(
+    "data", ["{}/data", "~/data", "scenes::{}/data@3", "{}/tars/*.tar", "{}/tars/0.tar", "hf:{}/data"]
+)
 @pytest.mark.parametrize("out", ["link/data", "new/../link/data", "~/link/data"])
 def test_a_run_does_not_write_among_its_data(data, out, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -218,12 +220,17 @@ def test_a_run_does_not_write_among_its_data(data, out, tmp_path, monkeypatch, c
             for file in sorted((tmp_path / "data").iterdir()):
                 tar.add(file, file.name)
     (tmp_path / "link").symlink_to(tmp_path)
-    out = out.replace("data", "tars" if "tars" in data else "data")
-    there = sorted(tmp_path.rglob("*"))
+
+    def files():
+        return sorted(p for p in tmp_path.rglob("*") if ".cache" not in p.parts)  # of datasets
+
+    out = out.replace("data", "tars") if "tars" in data else out
+    out += "/run" if "hf:" in data else ""  # which datasets would read, too
+    there = files()
     data = f"data={data.format(tmp_path)}"
     for said in (wrong(capsys, "cpu", data, f"out={out}"), wrong(capsys, "cpu", data, "--out", out, command="profile")):
         assert "is where data are; name a folder for the run alone" in said
-    assert sorted(tmp_path.rglob("*")) == there
+    assert files() == there
 
 
 def test_a_run_folder_of_another_configuration_is_refused(tiny):

@@ -42,7 +42,7 @@ class FolderSource(Alone):
     report: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        root = Path(self.name).expanduser()
+        root = Path(os.path.expanduser(self.name))
         metadata, named = root / "metadata.jsonl", root / CLASSES
         # A metadata file says which files belong to the set; one that is missing is then a broken sample.
         self.metadata = Table.load(metadata, ("file_name",)) if metadata.is_file() else None
@@ -83,7 +83,7 @@ class FolderSource(Alone):
         if shards.unsafe(key) or Path(key).is_absolute():
             self.report["unsafe name"] += 1
             return
-        file = Path(self.name).expanduser() / key
+        file = Path(os.path.expanduser(self.name)) / key
         try:
             found = file.stat()
             regular, large = stat.S_ISREG(found.st_mode), found.st_size > shards.MAX_BYTES

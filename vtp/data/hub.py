@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ class HubSource(Alone):
         except ImportError:
             raise ConfigError(f"data={self.name} needs the datasets library; pip install 'vtp[datasets]'") from None
         path, _, split = self.name.removeprefix("hf:").partition(":")
-        folder = Path(path).expanduser()
+        self.folder = folder = Path(os.path.expanduser(path))
         try:
             if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
                 found = datasets.load_from_disk(str(folder))

@@ -73,10 +73,10 @@ def _open(data: str, annotations: str | None) -> Source:
         if annotations is not None:
             raise ConfigError("scenes brings its own captions and labels; leave annotations out")
         return SceneSource(data)
-    table = None if annotations is None else Table.load(Path(annotations), KEY_COLUMNS)
+    table = None if annotations is None else Table.load(Path(os.path.expanduser(annotations)), KEY_COLUMNS)
     if data.startswith("hf:") and not data.startswith("hf://"):
         return HubSource(data, table)
-    path = Path(data).expanduser()
+    path = Path(os.path.expanduser(data))
     if not shards.REMOTE.match(data) and path.is_dir():
         inside = [p for p in path.iterdir() if not p.name.startswith(".")]
         tars = {

@@ -18,7 +18,7 @@ SLOW = 0.02  # seconds for a product of 256^3; the larger one would take a minut
 
 @functools.lru_cache
 def matmul_rate(device: torch.device, precision: Precision) -> float:
-    """FLOP/s of a square matrix product in the precision of the step, measured once a process, in a second.
+    """FLOP/s of a square matrix product in the precision of the step, measured once a process, at its start.
 
     That, not a data sheet's peak, is what `utilisation` is a share of: it is what this machine, as it is cooled,
     clocked and shared, can reach.

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from vtp import dist
 from vtp.config import ConfigError
 from vtp.data.folders import FolderSource
+from vtp.data.hub import HubSource
 from vtp.data.loader import Loader
 from vtp.data.samples import Source, in_vain, kept
 from vtp.data.shards import REMOTE
@@ -81,7 +82,7 @@ def open_loader(cfg: PretrainConfig, device: torch.device) -> Loader:
     source = open_source(cfg.data, cfg.annotations)
     others = {k: open_source(v) for k, v in (("ssl", cfg.ssl_data), ("rec", cfg.rec_data)) if v is not None}
     for each in (source, *others.values()):
-        _keep_apart(each, Path(cfg.out))
+        _keep_apart(each, cfg.out)
     tokenizer = get_tokenizer(context_length=cfg.model.text.context_length) if cfg.weights.clip > 0 else None
     return Loader(
         source,
@@ -97,13 +98,22 @@ def open_loader(cfg: PretrainConfig, device: torch.device) -> Loader:
     )
 
 
-def _keep_apart(source: Source, out: Path) -> None:
-    """Refuse a run folder that is the folder of its data, or of shards of them."""
+def _keep_apart(source: Source, out: str) -> None:
+    """Refuse a run folder that is the folder of its data or of their shards, or below one that is read whole (hf:)."""
+
+    def real(place: str | Path) -> Path:
+        return Path(os.path.realpath(os.path.expanduser(place)))
+
+    run = real(out)
     for part, _ in source.parts:
-        places = {part.name} if isinstance(part, FolderSource) else set()
-        if isinstance(part, TarSource):
+        places: set[str | Path] = set()
+        if isinstance(part, FolderSource):
+            places = {part.name}
+        elif isinstance(part, TarSource):
             places = {os.path.dirname(shard) for shard in part.shards if not REMOTE.match(shard)}
-        if out.expanduser().resolve() in {Path(place).expanduser().resolve() for place in places}:
+        elif isinstance(part, HubSource):
+            places = {part.folder}
+        if any(run == (place := real(p)) or (isinstance(part, HubSource) and place in run.parents) for p in places):
             raise ConfigError(f"out={out} is where data are; name a folder for the run alone")
 
 

@@ -303,7 +303,7 @@ def _resolve(args: argparse.Namespace, recipe: Callable[[str], Any], default: Ca
     if args.recipe in args.names:
         cfg = config.merge(recipe(args.recipe), args.overrides)
     elif args.recipe.endswith((".yaml", ".yml")):
-        cfg = config.merge(default(), args.overrides, Path(args.recipe))
+        cfg = config.merge(default(), args.overrides, _path(args.recipe))
     else:
         near = get_close_matches(args.recipe, args.names, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""

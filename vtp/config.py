@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
@@ -129,15 +130,19 @@ def _parse(conf: DictConfig, word: str) -> DictConfig:
     node: Any = conf
     for name in key.split("."):
         node = node._get_node(name) if isinstance(node, DictConfig) and not node._is_none() and name in node else None
+    of_words = isinstance(node, StringNode | LiteralNode)
+    parsed = OmegaConf.create()
     try:
         parsed = OmegaConf.from_dotlist([word])
-        if isinstance(node, StringNode | LiteralNode) and not isinstance(OmegaConf.select(parsed, key), str | None):
+        if of_words and not isinstance(OmegaConf.select(parsed, key), str | None):
             OmegaConf.update(parsed, key, value)  # data=0001 is a folder, not the number 1
-        return parsed
     except InterpolationKeyError:
-        return parsed
+        pass
     except Exception as error:  # yaml's own error classes are not part of OmegaConf's interface
-        raise ConfigError(f"{word}: the value is not valid YAML: {_one_line(error)}") from None
+        if not of_words:
+            raise ConfigError(f"{word}: the value is not valid YAML: {_one_line(error)}") from None
+        OmegaConf.update(parsed, key, value)  # data=*.tar is no alias
+    return parsed
 
 
 def _merge(conf: DictConfig, layer: DictConfig, said: str = "") -> DictConfig:
@@ -213,6 +218,7 @@ def _frozen(cls: type, conf: Any, at: str = "") -> Any:
             value = conf[field.name]
             value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
             value = tuple(value) if isinstance(value, list) else value
+            value = os.path.expanduser(value) if isinstance(value, str) else value  # of out=~/x no shell need do it
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, float) and not math.isfinite(number):
                     raise ConfigError(f"{at}{field.name}={number} is not a finite number")

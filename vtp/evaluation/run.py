@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -347,7 +348,11 @@ def open_extractor(name: str, device: torch.device | str = "cpu") -> Extractor:
     kind, _, path = name.partition(":")
     if kind == "judge" and not path:
         raise ConfigError("extractor judge: say which, as in judge:FOLDER")
-    return judge_extractor(Path(path), device) if kind == "judge" and path else load_extractor(name, device)
+    return (
+        judge_extractor(Path(os.path.expanduser(path)), device)
+        if kind == "judge" and path
+        else load_extractor(name, device)
+    )
 
 
 def _templates(source: Source, label: str, asked: str | Sequence[str] | None) -> tuple[list[str], str]:
@@ -361,7 +366,7 @@ def _templates(source: Source, label: str, asked: str | Sequence[str] | None) ->
         return list(own), "of the data set"
     if asked == "openai":
         return _openai_templates(), "of CLIP (openai)"
-    path = Path(asked)
+    path = Path(os.path.expanduser(asked))
     if not path.is_file():
         raise ConfigError(f"templates={asked}: choose openai, data or a file of templates, one a line")
     text = path.read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +36,7 @@ def load_extractor(name: str, device: torch.device | str = "cpu") -> Extractor:
         ConfigError: another name, no weights at the path, weights of another network, or no download.
     """
     kind, _, path = name.partition(":")
+    path = os.path.expanduser(path)
     if kind == "inception":
         return _inception(path or None, device)
     if kind == "squeezenet" and path:

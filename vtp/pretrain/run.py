@@ -82,7 +82,7 @@ def open_loader(cfg: PretrainConfig, device: torch.device) -> Loader:
     source = open_source(cfg.data, cfg.annotations)
     others = {k: open_source(v) for k, v in (("ssl", cfg.ssl_data), ("rec", cfg.rec_data)) if v is not None}
     for each in (source, *others.values()):
-        _keep_apart(each, cfg.out)
+        _keep_apart(each, Path(cfg.out))
     tokenizer = get_tokenizer(context_length=cfg.model.text.context_length) if cfg.weights.clip > 0 else None
     return Loader(
         source,
@@ -98,23 +98,26 @@ def open_loader(cfg: PretrainConfig, device: torch.device) -> Loader:
     )
 
 
-def _keep_apart(source: Source, out: str) -> None:
+def _keep_apart(source: Source, out: Path) -> None:
     """Refuse a run folder that is the folder of its data or of their shards, or below one that is read whole (hf:)."""
-
-    def real(place: str | Path) -> Path:
-        return Path(os.path.realpath(os.path.expanduser(place)))
-
-    run = real(out)
     for part, _ in source.parts:
         places: set[str | Path] = set()
+        runs = [Path(os.path.realpath(out))]
         if isinstance(part, FolderSource):
-            places = {part.name}
+            places = {os.path.expanduser(part.name)}
         elif isinstance(part, TarSource):
-            places = {os.path.dirname(shard) for shard in part.shards if not REMOTE.match(shard)}
+            places = {os.path.dirname(shard) or "." for shard in part.shards if not REMOTE.match(shard)}
         elif isinstance(part, HubSource):
             places = {part.folder}
-        if any(run == (place := real(p)) or (isinstance(part, HubSource) and place in run.parents) for p in places):
-            raise ConfigError(f"out={out} is where data are; name a folder for the run alone")
+            runs += runs[0].parents
+        if any(_same(run, place) for run in runs for place in places):
+            raise ConfigError(
+                f"{out} is where data are; name a folder for the run alone (a run that is there may be moved)"
+            )
+
+
+def _same(one: Path, other: str | Path) -> bool:
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 
 
 def _report_broken(loader: Loader, cfg: PretrainConfig, file: Path) -> None:

@@ -59,15 +59,12 @@ def test_nothing_changes_nothing():
         ("data=0001", {"data": "0001"}),
         ("data=note: this", {"data": "note: this"}),
         ("data=*.tar", {"data": "*.tar"}),
-        ("data=~/set", {"data": "/home/me/set"}),
-        ("data=./~/set", {"data": "./~/set"}),
-        ("data=~no_such_user/set", {"data": "~no_such_user/set"}),
+        ("data=~/set", {"data": "~/set"}),
         ("name=1e3", {"name": "1e3"}),
         ("name=true", {"name": "true"}),
     ],
 )
-def test_a_word_changes_one_field(word, changed, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+def test_a_word_changes_one_field(word, changed):
     assert merge(Run(data="before"), [word]) == replace(Run(data="before"), **changed)
 
 
@@ -117,7 +114,9 @@ def test_saved_configuration_loads_as_itself(tmp_path):
         ),
         ("model.vision.depth=0", "model.vision: depth must be at least 1, not 0"),
         ("lr.warmup=2", "lr: warmup is a share of the run"),
-        ("betas=[unclosed", r"betas=\[unclosed: the value is not valid YAML"),
+        ("data=[unclosed", r"data=\[unclosed: the value is not valid YAML"),
+        ("data=*${", r"data=\*\${: the value is not valid YAML"),
+        ("data=*\0", "the value is not valid YAML"),
         ("data=${nowhere}", "nowhere"),
         ("steps", "'steps' is not an override; write key=value"),
         ("train.steps=5", "unknown key 'train.steps'; did you mean 'steps'?"),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
@@ -139,7 +138,7 @@ def _parse(conf: DictConfig, word: str) -> DictConfig:
     except InterpolationKeyError:
         pass
     except Exception as error:  # yaml's own error classes are not part of OmegaConf's interface
-        if not of_words:
+        if not (of_words and value.startswith("*") and value.isprintable() and "$" not in value):
             raise ConfigError(f"{word}: the value is not valid YAML: {_one_line(error)}") from None
         OmegaConf.update(parsed, key, value)  # data=*.tar is no alias
     return parsed
@@ -218,7 +217,6 @@ def _frozen(cls: type, conf: Any, at: str = "") -> Any:
             value = conf[field.name]
             value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
             value = tuple(value) if isinstance(value, list) else value
-            value = os.path.expanduser(value) if isinstance(value, str) else value  # of out=~/x no shell need do it
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, float) and not math.isfinite(number):
                     raise ConfigError(f"{at}{field.name}={number} is not a finite number")

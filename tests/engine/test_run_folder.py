@@ -51,6 +51,13 @@ def opened(cfg, resume="auto", ignore=()):
         return out
 
 
+def test_a_run_folder_may_be_below_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert opened(Config(out="~/run")) == tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
+    assert opened(Config(out="~no_such_user/run")).is_relative_to("~no_such_user")  # as a shell does
+
+
 def test_a_run_folder_that_is_a_file_is_named(tmp_path):
     (tmp_path / "notes").write_text("in the way")
     with pytest.raises(ConfigError, match="out=.*notes is a file; name a folder"):

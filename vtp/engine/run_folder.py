@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import socket
 import sys
@@ -76,7 +77,7 @@ def open_run(cfg: Any, published: str, ignore: tuple[str, ...] = ()) -> Iterator
         ConfigError: the folder holds a run with another configuration (the differences are listed), or is not to be
             resumed, or another process trains in it, or ranks on other hosts do not see it.
     """
-    out = Path(cfg.out)
+    out = Path(os.path.expanduser(cfg.out))  # of out=~/x few shells do it
     with _alone(out):
         _all_see(out)
         resumed = any((out / "checkpoints").glob("[!.]*"))  # hidden is a first save that was killed

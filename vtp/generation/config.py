@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -72,4 +73,4 @@ class DiTTrainConfig:
     @property
     def folder(self) -> Path:
         """The latents."""
-        return Path(self.data if self.latents is None else self.latents)
+        return Path(os.path.expanduser(self.data if self.latents is None else self.latents))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -52,7 +53,7 @@ def load_perceptual(name: str, device: torch.device | str = "cpu") -> Perceptual
     if name == "lpips":
         network = _lpips()
     elif name.endswith(".pt2"):
-        network = _exported(Path(name))
+        network = _exported(Path(os.path.expanduser(name)))
     else:
         raise ConfigError(f"perceptual '{name}': choose lpips, teacher, none or the path of a .pt2 file (torch.export)")
     network = network.to(device).requires_grad_(False)

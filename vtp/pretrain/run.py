@@ -82,7 +82,7 @@ def open_loader(cfg: PretrainConfig, device: torch.device) -> Loader:
     source = open_source(cfg.data, cfg.annotations)
     others = {k: open_source(v) for k, v in (("ssl", cfg.ssl_data), ("rec", cfg.rec_data)) if v is not None}
     for each in (source, *others.values()):
-        _keep_apart(each, Path(cfg.out))
+        _keep_apart(each, Path(os.path.expanduser(cfg.out)))
     tokenizer = get_tokenizer(context_length=cfg.model.text.context_length) if cfg.weights.clip > 0 else None
     return Loader(
         source,

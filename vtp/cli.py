@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from vtp.files import FULL
+from vtp.files import FULL, path_of
 from vtp.recipes import DITS, PRETRAIN
 
 if TYPE_CHECKING:
@@ -74,10 +74,6 @@ def _run(args: argparse.Namespace) -> None:
         _refuse(f"{lacking.strip()} Use a smaller batch or model; in training, parallel.recompute=true needs less, too")
 
 
-def _path(text: str) -> Path:
-    return Path(os.path.expanduser(text))  # of --out=~/x a shell expands nothing
-
-
 def _refuse(text: str) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     print(f"vtp{'' if rank == '0' else f' (rank {rank})'}: {text}", file=sys.stderr)
@@ -91,25 +87,25 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     p = _command(commands, "quickstart", quickstart, "everything at toy size on a CPU, ending with report.html")
-    p.add_argument("--out", type=_path, default=Path("runs/quickstart"), metavar="DIR")
+    p.add_argument("--out", type=path_of, default=Path("runs/quickstart"), metavar="DIR")
 
     p = _command(commands, "pretrain", pretrain, "pre-train a tokenizer")
     _recipe(p, PRETRAIN)
 
     p = _command(commands, "profile", profile, "a few steps of a pre-training run: where their time goes, and a trace")
     _recipe(p, PRETRAIN)
-    p.add_argument("--out", type=_path, default=Path("profile"), metavar="DIR", help="default: profile")
+    p.add_argument("--out", type=path_of, default=Path("profile"), metavar="DIR", help="default: profile")
     p.add_argument("--steps", type=int, default=3, metavar="N", help="steps looked at, behind two to warm up (3)")
 
     about_data = _group(commands, "data", "look at data, and pack them for training")
     p = _command(about_data, "inspect", inspect_data, "counts, sizes, captions, duplicates, broken files, pictures")
     p.add_argument("data", metavar="DATA")
-    p.add_argument("--out", type=_path, default=Path("inspect"), metavar="DIR", help="default: inspect")
+    p.add_argument("--out", type=path_of, default=Path("inspect"), metavar="DIR", help="default: inspect")
     p.add_argument("--annotations", metavar="JSONL", help="more captions and labels, by key")
     p.add_argument("--limit", type=_count, metavar="N", help="samples at most")
     p = _command(about_data, "pack", pack_data, "any data to tar shards of equal counts, with checksums")
     p.add_argument("data", metavar="SOURCE")
-    p.add_argument("--out", type=_path, required=True, metavar="DIR")
+    p.add_argument("--out", type=path_of, required=True, metavar="DIR")
     p.add_argument("--annotations", metavar="JSONL", help="more captions and labels, by key")
     p.add_argument("--shard-size", type=int, default=1_000, metavar="N", help="samples a shard at most (1000)")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (one a core)")
@@ -124,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         "--template", action="append", metavar="TEXT", help="a prompt with {} for the class; may be repeated"
     )
     p.add_argument(
-        "--names", type=_path, metavar="JSON", help="{class: word or [words]} where captions call it otherwise"
+        "--names", type=path_of, metavar="JSON", help="{class: word or [words]} where captions call it otherwise"
     )
     for name, text in (("linear", "linear probe on frozen features"), ("knn", "nearest neighbours on frozen features")):
         p = _command(evals, name, probe, text)
@@ -137,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     _tokenizer_and_data(p)
     p.add_argument("--extractor", metavar="NAME", help="inception[:FILE] (rFID), squeezenet:FILE or judge:FOLDER")
     p = _command(evals, "generation", generation, "Frechet distance of a folder of pictures to real ones")
-    p.add_argument("images", type=_path, metavar="IMAGES", help="a folder of pictures, as `vtp sample` writes it")
+    p.add_argument("images", type=path_of, metavar="IMAGES", help="a folder of pictures, as `vtp sample` writes it")
     p.add_argument("--reference", required=True, metavar="DATA", help="real pictures")
     p.add_argument(
         "--extractor",
@@ -145,18 +141,18 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="inception[:FILE] (default), squeezenet:FILE, judge:DIR",
     )
-    p.add_argument("--judge", type=_path, metavar="FOLDER", help="also ask this classifier for the classes drawn")
+    p.add_argument("--judge", type=path_of, metavar="FOLDER", help="also ask this classifier for the classes drawn")
     p.add_argument("--label", help="compare only with pictures that carry this label")
     p.add_argument("--real", metavar="DATA", help="the same of as many other real pictures, and of them reconstructed")
-    p.add_argument("--tokenizer", type=_path, metavar="TOKENIZER", help="where the samples' is now, if it was moved")
+    p.add_argument("--tokenizer", type=path_of, metavar="TOKENIZER", help="where the samples' is now, if it was moved")
     _evaluation(p)
 
     p = _command(
         commands, "reconstruct", reconstruct, "picture files through a tokenizer and back, beside the originals"
     )
-    p.add_argument("tokenizer", type=_path, metavar="TOKENIZER", help="VTP, or diffusers' AutoencoderKL")
-    p.add_argument("images", nargs="+", type=_path, metavar="IMAGE", help="files, and folders to search")
-    p.add_argument("--out", type=_path, required=True, metavar="DIR")
+    p.add_argument("tokenizer", type=path_of, metavar="TOKENIZER", help="VTP, or diffusers' AutoencoderKL")
+    p.add_argument("images", nargs="+", type=path_of, metavar="IMAGE", help="files, and folders to search")
+    p.add_argument("--out", type=path_of, required=True, metavar="DIR")
     p.add_argument("--fit", default="pad", choices=("pad", "crop"), help="how sides become multiples of the patch")
     p.add_argument(
         "--tile", type=int, metavar="PIXELS", help="side of overlapping tiles; default: whole, up to 1024 pixels a side"
@@ -164,9 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     _machine(p)
 
     p = _command(commands, "compare", compare, "tokenizers side by side on the same images")
-    p.add_argument("tokenizers", nargs="+", type=_path, metavar="TOKENIZER", help="VTP, or diffusers' AutoencoderKL")
+    p.add_argument("tokenizers", nargs="+", type=path_of, metavar="TOKENIZER", help="VTP, or diffusers' AutoencoderKL")
     p.add_argument("--data", required=True, metavar="DATA", help="held-out images")
-    p.add_argument("--out", type=_path, required=True, metavar="DIR")
+    p.add_argument("--out", type=path_of, required=True, metavar="DIR")
     p.add_argument("--extractor", metavar="NAME", help="inception[:FILE] (rFID), squeezenet:FILE or judge:FOLDER")
     p.add_argument("--annotations", metavar="JSONL", help="more captions and labels, by key")
     p.add_argument("--size", type=int, metavar="PIXELS", help="side of the images; default: the tokenizers'")
@@ -174,15 +170,17 @@ def _parser() -> argparse.ArgumentParser:
     _machine(p)
 
     p = _command(commands, "convert", convert, "make a tokenizer folder of a checkpoint of the published training code")
-    p.add_argument("source", type=_path, metavar="SOURCE", help="a .safetensors, .pt or .pth file")
-    p.add_argument("--config", type=_path, required=True, metavar="YAML", help="the configuration it was trained with")
-    p.add_argument("--out", type=_path, required=True, metavar="DIR")
+    p.add_argument("source", type=path_of, metavar="SOURCE", help="a .safetensors, .pt or .pth file")
+    p.add_argument(
+        "--config", type=path_of, required=True, metavar="YAML", help="the configuration it was trained with"
+    )
+    p.add_argument("--out", type=path_of, required=True, metavar="DIR")
     p.add_argument("--weights", default="student", choices=("student", "teacher"), help="whose trunk (student)")
 
     p = _command(commands, "latents", latents, "encode images into a folder of latents")
-    p.add_argument("tokenizer", type=_path, metavar="TOKENIZER")
+    p.add_argument("tokenizer", type=path_of, metavar="TOKENIZER")
     p.add_argument("--data", required=True, metavar="DATA")
-    p.add_argument("--out", type=_path, required=True, metavar="DIR")
+    p.add_argument("--out", type=path_of, required=True, metavar="DIR")
     p.add_argument("--label", help="which label becomes the class; may be left out where there is at most one")
     p.add_argument("--annotations", metavar="JSONL", help="more captions and labels, by key")
     p.add_argument("--size", type=int, metavar="PIXELS", help="side of the images; default: the tokenizer's")
@@ -191,15 +189,15 @@ def _parser() -> argparse.ArgumentParser:
     _machine(p)
 
     p = _command(commands, "export", export, "write programs that run without this package")
-    p.add_argument("tokenizer", type=_path, metavar="TOKENIZER", help="a published folder")
-    p.add_argument("--out", type=_path, required=True, metavar="DIR")
+    p.add_argument("tokenizer", type=path_of, metavar="TOKENIZER", help="a published folder")
+    p.add_argument("--out", type=path_of, required=True, metavar="DIR")
     p.add_argument("--format", default="torch", choices=("torch", "onnx"), help="torch.export's .pt2, or ONNX")
 
     p = _command(commands, "publish", publish, "write a tokenizer's card, and send it to the Hub")
-    p.add_argument("tokenizer", type=_path, metavar="TOKENIZER", help="a published folder")
-    p.add_argument("--stats", type=_path, metavar="LATENTS|FILE", help="a folder of latents, or a latents_stats.pt")
+    p.add_argument("tokenizer", type=path_of, metavar="TOKENIZER", help="a published folder")
+    p.add_argument("--stats", type=path_of, metavar="LATENTS|FILE", help="a folder of latents, or a latents_stats.pt")
     p.add_argument(
-        "--results", type=_path, nargs="+", default=(), metavar="JSON", help="besides those in eval/ of the run"
+        "--results", type=path_of, nargs="+", default=(), metavar="JSON", help="besides those in eval/ of the run"
     )
     p.add_argument("--license", metavar="ID", help="as the Hub calls it, for the card")
     p.add_argument("--push", metavar="USER/NAME", help="the repository to send the folder to")
@@ -209,8 +207,8 @@ def _parser() -> argparse.ArgumentParser:
     _recipe(p, DITS)
 
     p = _command(commands, "sample", sample, "draw pictures with a trained diffusion transformer")
-    p.add_argument("dit", type=_path, metavar="DIT_RUN")
-    p.add_argument("--out", type=_path, required=True, metavar="DIR")
+    p.add_argument("dit", type=path_of, metavar="DIT_RUN")
+    p.add_argument("--out", type=path_of, required=True, metavar="DIR")
     p.add_argument("--num", type=int, default=64, metavar="N")
     p.add_argument("--steps", type=int, default=50, metavar="N", help="integration steps")
     p.add_argument("--cfg-scale", type=float, default=1.0, metavar="S", help="classifier-free guidance; 1 is none")
@@ -219,12 +217,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--sampler", default="euler", choices=("euler", "heun", "dopri5"))
     p.add_argument("--shift", type=float, default=1.0, help="below 1: more steps near the noise")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--tokenizer", type=_path, metavar="TOKENIZER", help="where it is now, if it was moved")
+    p.add_argument("--tokenizer", type=path_of, metavar="TOKENIZER", help="where it is now, if it was moved")
     _machine(p)
 
     p = _command(commands, "report", report, "one self-contained HTML page about runs")
-    p.add_argument("runs", nargs="+", type=_path, metavar="RUN")
-    p.add_argument("--out", type=_path, metavar="FILE", help="default: report.html in the run, or beside several")
+    p.add_argument("runs", nargs="+", type=path_of, metavar="RUN")
+    p.add_argument("--out", type=path_of, metavar="FILE", help="default: report.html in the run, or beside several")
     p.add_argument("--data", metavar="DATA", help="held-out images for the pictures")
     p.add_argument("--annotations", metavar="JSONL")
     return parser
@@ -236,7 +234,7 @@ def _group(commands: Any, name: str, text: str) -> Any:
 
 
 def _tokenizer_and_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("tokenizer", type=_path, metavar="TOKENIZER", help="a published folder")
+    parser.add_argument("tokenizer", type=path_of, metavar="TOKENIZER", help="a published folder")
     parser.add_argument("--data", required=True, metavar="DATA", help="held-out images")
     _evaluation(parser)
 
@@ -251,7 +249,7 @@ def _evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, metavar="PIXELS", help="side of the images; default: the tokenizer's")
     parser.add_argument("--limit", type=_count, metavar="N", help="images at most")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=_path, metavar="results.json")
+    parser.add_argument("--out", type=path_of, metavar="results.json")
     _machine(parser)
 
 
@@ -303,7 +301,7 @@ def _resolve(args: argparse.Namespace, recipe: Callable[[str], Any], default: Ca
     if args.recipe in args.names:
         cfg = config.merge(recipe(args.recipe), args.overrides)
     elif args.recipe.endswith((".yaml", ".yml")):
-        cfg = config.merge(default(), args.overrides, _path(args.recipe))
+        cfg = config.merge(default(), args.overrides, path_of(args.recipe))
     else:
         near = get_close_matches(args.recipe, args.names, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""

@@ -10,6 +10,16 @@ from pathlib import Path
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, what a file may hold; Python names no file then
 
 
+def path_of(text: str) -> Path:
+    """The path that a word stands for: ~ is home, which few shells write out in out=~/x (an unknown user's stays)."""
+    return Path(os.path.expanduser(text))
+
+
+def same_folder(one: Path, other: Path) -> bool:
+    """Whether two paths are one folder, by links and mounts too."""
+    return one.is_dir() and other.is_dir() and one.samefile(other)
+
+
 def write_text(file: Path, text: str) -> None:
     """Write a file.
 

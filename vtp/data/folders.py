@@ -27,6 +27,7 @@ from vtp.data.samples import (
     tell_of_places,
     templates_of,
 )
+from vtp.files import path_of, same_folder
 
 log = logging.getLogger(__name__)
 SPLITS = frozenset(("train", "val", "valid", "validation", "test"))
@@ -42,7 +43,7 @@ class FolderSource(Alone):
     report: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        root = Path(os.path.expanduser(self.name))
+        root = self._root = path_of(self.name)
         metadata, named = root / "metadata.jsonl", root / CLASSES
         # A metadata file says which files belong to the set; one that is missing is then a broken sample.
         self.metadata = Table.load(metadata, ("file_name",)) if metadata.is_file() else None
@@ -77,13 +78,16 @@ class FolderSource(Alone):
         self.classes = classes_of(self.metadata) | self._folders.classes | classes_of(self.table)
         self.templates = templates_of(self.classes)
 
+    def keeps(self, folder: Path) -> bool:
+        return same_folder(folder, self._root)
+
     def read(self, shard: int, size: int | None = None) -> Iterator[Raw]:
         key = self.files[shard]
         self.report["samples"] += 1
         if shards.unsafe(key) or Path(key).is_absolute():
             self.report["unsafe name"] += 1
             return
-        file = Path(os.path.expanduser(self.name)) / key
+        file = self._root / key
         try:
             found = file.stat()
             regular, large = stat.S_ISREG(found.st_mode), found.st_size > shards.MAX_BYTES

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from vtp.data.samples import (
     spaced,
     templates_of,
 )
+from vtp.files import path_of, same_folder
 
 
 @dataclass
@@ -42,7 +42,7 @@ class HubSource(Alone):
         except ImportError:
             raise ConfigError(f"data={self.name} needs the datasets library; pip install 'vtp[datasets]'") from None
         path, _, split = self.name.removeprefix("hf:").partition(":")
-        self.folder = folder = Path(os.path.expanduser(path))
+        folder = self._folder = path_of(path)
         try:
             if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
                 found = datasets.load_from_disk(str(folder))
@@ -76,6 +76,9 @@ class HubSource(Alone):
         self.templates = templates_of(self.classes)
         self._folders = Folders({}, classes)
         self._whole = Counter[str]()
+
+    def keeps(self, folder: Path) -> bool:
+        return any(same_folder(place, self._folder) for place in (folder, *folder.parents))  # datasets reads it whole
 
     def read(self, shard: int, size: int | None = None) -> Iterator[Raw]:
         if self.random_access:

@@ -85,6 +85,10 @@ class Source(Protocol):
     @property
     def parts(self) -> Sequence[tuple[Source, float]]: ...
 
+    def keeps(self, folder: Path) -> bool:
+        """Whether a folder, its path resolved, is one that the source has its files in."""
+        ...
+
     def read(self, shard: Any, size: int | None = None) -> Iterator[Raw]:
         """Samples of a shard. `size` is the side in pixels at which a source that draws its pictures should do so."""
         ...
@@ -96,6 +100,9 @@ class Alone:
     @property
     def parts(self) -> tuple[tuple[Any, float], ...]:
         return ((self, 1.0),)
+
+    def keeps(self, folder: Path) -> bool:
+        return False
 
 
 def left_out(report: Mapping[str, int]) -> Counter[str]:

@@ -33,6 +33,7 @@ from vtp.data.folders import FolderSource, holds_pictures
 from vtp.data.hub import HubSource
 from vtp.data.samples import KEY_COLUMNS, Alone, Raw, Source, Table
 from vtp.data.tars import TarSource
+from vtp.files import path_of
 
 log = logging.getLogger(__name__)
 _WEIGHT = re.compile(r"\d+(\.\d+)?")
@@ -73,10 +74,10 @@ def _open(data: str, annotations: str | None) -> Source:
         if annotations is not None:
             raise ConfigError("scenes brings its own captions and labels; leave annotations out")
         return SceneSource(data)
-    table = None if annotations is None else Table.load(Path(os.path.expanduser(annotations)), KEY_COLUMNS)
+    table = None if annotations is None else Table.load(path_of(annotations), KEY_COLUMNS)
     if data.startswith("hf:") and not data.startswith("hf://"):
         return HubSource(data, table)
-    path = Path(os.path.expanduser(data))
+    path = path_of(data)
     if not shards.REMOTE.match(data) and path.is_dir():
         inside = [p for p in path.iterdir() if not p.name.startswith(".")]
         tars = {
@@ -162,6 +163,9 @@ class Mixture:
         self.classes = {label: names for label, names in self.classes.items() if label not in clashing}
         templates = {label: found for source in sources for label, found in source.templates.items()}
         self.templates = {label: templates[label] for label in self.classes}
+
+    def keeps(self, folder: Path) -> bool:
+        return any(source.keeps(folder) for source, _ in self.parts)
 
     def read(self, shard: tuple[int, Any], size: int | None = None) -> Iterator[Raw]:
         for raw in self.parts[shard[0]][0].read(shard[1], size):

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from vtp.config import ConfigError
@@ -30,6 +31,7 @@ from vtp.data.samples import (
     tell_of_places,
     templates_of,
 )
+from vtp.files import same_folder
 
 LABELS = "labels.json"  # beside packed shards: {label: its class names}, for the labels in KEY.json
 LOOKED_AT = 100  # samples of near shards, of as many shards as there are, for what is beside their pictures
@@ -118,6 +120,10 @@ class TarSource(Alone):
                 raise
             log.warning("%s; taken for none, as nothing in the first sample needs it", error)
             return None
+
+    def keeps(self, folder: Path) -> bool:
+        places = {Path(shard).parent for shard in self.shards if not shards.REMOTE.match(shard)}
+        return any(same_folder(folder, place) for place in places)
 
     def read(self, shard: str, size: int | None = None) -> Iterator[Raw]:
         given, broken = 0, self.report["broken shard"]

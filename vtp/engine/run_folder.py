@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import socket
 import sys
@@ -20,7 +19,7 @@ from vtp import config, dist
 from vtp.config import ConfigError
 from vtp.engine import checkpoint
 from vtp.engine.logging import environment, say
-from vtp.files import to_disk, write_text
+from vtp.files import path_of, to_disk, write_text
 
 CONFIG, NEW_CONFIG = "config.yaml", ".config.yaml.new"
 SIGHT = 90.0  # seconds; NFS remembers for up to a minute that something was not there
@@ -77,7 +76,7 @@ def open_run(cfg: Any, published: str, ignore: tuple[str, ...] = ()) -> Iterator
         ConfigError: the folder holds a run with another configuration (the differences are listed), or is not to be
             resumed, or another process trains in it, or ranks on other hosts do not see it.
     """
-    out = Path(os.path.expanduser(cfg.out))  # of out=~/x few shells do it
+    out = path_of(cfg.out)
     with _alone(out):
         _all_see(out)
         resumed = any((out / "checkpoints").glob("[!.]*"))  # hidden is a first save that was killed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -27,7 +26,7 @@ from vtp.evaluation import reconstruction as reconstructed
 from vtp.evaluation import zero_shot as zero
 from vtp.evaluation.judge import answers, judge_extractor, load_judge
 from vtp.evaluation.results import Seen, write_result
-from vtp.files import file_sha256
+from vtp.files import file_sha256, path_of
 from vtp.images import center_crop, to_uint8
 from vtp.metrics.extractors import Extractor, load_extractor
 from vtp.models.published import open_tokenizer, tokenizer_weights
@@ -348,11 +347,7 @@ def open_extractor(name: str, device: torch.device | str = "cpu") -> Extractor:
     kind, _, path = name.partition(":")
     if kind == "judge" and not path:
         raise ConfigError("extractor judge: say which, as in judge:FOLDER")
-    return (
-        judge_extractor(Path(os.path.expanduser(path)), device)
-        if kind == "judge" and path
-        else load_extractor(name, device)
-    )
+    return judge_extractor(path_of(path), device) if kind == "judge" else load_extractor(name, device)
 
 
 def _templates(source: Source, label: str, asked: str | Sequence[str] | None) -> tuple[list[str], str]:
@@ -366,7 +361,7 @@ def _templates(source: Source, label: str, asked: str | Sequence[str] | None) ->
         return list(own), "of the data set"
     if asked == "openai":
         return _openai_templates(), "of CLIP (openai)"
-    path = Path(os.path.expanduser(asked))
+    path = path_of(asked)
     if not path.is_file():
         raise ConfigError(f"templates={asked}: choose openai, data or a file of templates, one a line")
     text = path.read_text(encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +9,7 @@ from typing import Literal
 from vtp.config import within
 from vtp.engine.loop import LoopConfig
 from vtp.engine.optim import OptimConfig
+from vtp.files import path_of
 from vtp.schedules import Ramp, WarmupCosine
 
 
@@ -73,4 +73,4 @@ class DiTTrainConfig:
     @property
     def folder(self) -> Path:
         """The latents."""
-        return Path(os.path.expanduser(self.data if self.latents is None else self.latents))
+        return path_of(self.data if self.latents is None else self.latents)

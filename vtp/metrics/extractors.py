@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from vtp.config import ConfigError
+from vtp.files import path_of
 
 
 class Extractor(NamedTuple):
@@ -36,11 +36,10 @@ def load_extractor(name: str, device: torch.device | str = "cpu") -> Extractor:
         ConfigError: another name, no weights at the path, weights of another network, or no download.
     """
     kind, _, path = name.partition(":")
-    path = os.path.expanduser(path)
     if kind == "inception":
-        return _inception(path or None, device)
+        return _inception(str(path_of(path)) if path else None, device)
     if kind == "squeezenet" and path:
-        return _squeezenet(Path(path), device)
+        return _squeezenet(path_of(path), device)
     raise ConfigError(f"extractor '{name}': choose inception, inception:PATH or squeezenet:PATH")
 
 

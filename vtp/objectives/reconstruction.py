@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vtp.config import ConfigError
+from vtp.files import path_of
 from vtp.images import IMAGENET_MEAN, IMAGENET_STD
 from vtp.objectives.precision import full_precision
 
@@ -53,7 +53,7 @@ def load_perceptual(name: str, device: torch.device | str = "cpu") -> Perceptual
     if name == "lpips":
         network = _lpips()
     elif name.endswith(".pt2"):
-        network = _exported(Path(os.path.expanduser(name)))
+        network = _exported(path_of(name))
     else:
         raise ConfigError(f"perceptual '{name}': choose lpips, teacher, none or the path of a .pt2 file (torch.export)")
     network = network.to(device).requires_grad_(False)

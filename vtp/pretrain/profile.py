@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ def profile_step(cfg: PretrainConfig, out: Path, steps: int) -> Group:
         ConfigError: data or views cannot be used, or `out` is a file or where data are.
     """
     device = pick_device(cfg.device)
-    loader = open_loader(replace(cfg, out=str(out)), device)
+    loader = open_loader(cfg, device, out)
     make_folder(out, "--out ")
     reseed(cfg.seed, 0, 0)
     reuse_memory(device)

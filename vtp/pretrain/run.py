@@ -13,13 +13,9 @@ from safetensors import SafetensorError
 
 from vtp import dist
 from vtp.config import ConfigError
-from vtp.data.folders import FolderSource
-from vtp.data.hub import HubSource
 from vtp.data.loader import Loader
-from vtp.data.samples import Source, in_vain, kept
-from vtp.data.shards import REMOTE
+from vtp.data.samples import in_vain, kept
 from vtp.data.sources import open_source
-from vtp.data.tars import TarSource
 from vtp.engine.checkpoint import CheckpointError
 from vtp.engine.logging import say
 from vtp.engine.loop import reseed, train
@@ -27,6 +23,7 @@ from vtp.engine.optim import pick_device, pick_precision
 from vtp.engine.parallel import whole
 from vtp.engine.run_folder import open_run
 from vtp.engine.speed import reuse_memory
+from vtp.files import path_of
 from vtp.models.vtp_hf import publish
 from vtp.pretrain.config import PretrainConfig
 from vtp.pretrain.learner import PretrainLearner
@@ -46,7 +43,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
     """
     device = pick_device(cfg.device)
     cfg = replace(cfg, precision=pick_precision(cfg.precision, device))  # a resumed run keeps what this one took
-    loader = open_loader(cfg, device)
+    loader = open_loader(cfg, device, path_of(cfg.out))
     with open_run(cfg, "tokenizer", ignore=ORCHESTRATION) as out:
         reseed(cfg.seed, 0, 0)  # every rank starts from the same weights
         reuse_memory(device)
@@ -69,11 +66,11 @@ def pretrain(cfg: PretrainConfig) -> Path:
         return out / "tokenizer"
 
 
-def open_loader(cfg: PretrainConfig, device: torch.device) -> Loader:
+def open_loader(cfg: PretrainConfig, device: torch.device, out: Path) -> Loader:
     """The batches of a run.
 
     Raises:
-        ConfigError: data or views cannot be used.
+        ConfigError: data or views cannot be used, or `out`, which will be written to, is where data are.
     """
     if cfg.model.image_size != cfg.views.size:
         raise ConfigError(
@@ -81,8 +78,10 @@ def open_loader(cfg: PretrainConfig, device: torch.device) -> Loader:
         )
     source = open_source(cfg.data, cfg.annotations)
     others = {k: open_source(v) for k, v in (("ssl", cfg.ssl_data), ("rec", cfg.rec_data)) if v is not None}
-    for each in (source, *others.values()):
-        _keep_apart(each, Path(os.path.expanduser(cfg.out)))
+    if any(each.keeps(Path(os.path.realpath(out))) for each in (source, *others.values())):
+        raise ConfigError(
+            f"{out} is where data are; name a folder for the run alone (a run that is there may be moved)"
+        )
     tokenizer = get_tokenizer(context_length=cfg.model.text.context_length) if cfg.weights.clip > 0 else None
     return Loader(
         source,
@@ -96,28 +95,6 @@ def open_loader(cfg: PretrainConfig, device: torch.device) -> Loader:
         anew=cfg.resume == "anyway",
         others=others,
     )
-
-
-def _keep_apart(source: Source, out: Path) -> None:
-    """Refuse a run folder that is the folder of its data or of their shards, or below one that is read whole (hf:)."""
-    for part, _ in source.parts:
-        places: set[str | Path] = set()
-        runs = [Path(os.path.realpath(out))]
-        if isinstance(part, FolderSource):
-            places = {os.path.expanduser(part.name)}
-        elif isinstance(part, TarSource):
-            places = {os.path.dirname(shard) or "." for shard in part.shards if not REMOTE.match(shard)}
-        elif isinstance(part, HubSource):
-            places = {part.folder}
-            runs += runs[0].parents
-        if any(_same(run, place) for run in runs for place in places):
-            raise ConfigError(
-                f"{out} is where data are; name a folder for the run alone (a run that is there may be moved)"
-            )
-
-
-def _same(one: Path, other: str | Path) -> bool:
-    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 
 
 def _report_broken(loader: Loader, cfg: PretrainConfig, file: Path) -> None:

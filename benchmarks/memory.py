@@ -1,22 +1,25 @@
-"""Peak memory of a joint step of a recipe on one GPU, counted without one. JSON lines.
+"""Peak memory of a recipe's step on one GPU, counted without one. JSON lines.
 
     python benchmarks/memory.py [RECIPE [key=value ...]]
 
 A step goes through on tensors that have shapes and no values (torch's FakeTensorMode), in bf16, on one rank, with
-captions of 77 tokens; the figure is the most bytes of tensors alive at once, rounded up as CUDA's allocator does.
-By default the three published sizes, each with all of a rank's pairs embedded at once, in micro-batches, and with
-activations recomputed. Blocks are not compiled, which would keep 15% less of each. What a GPU holds besides is not
-in it: its context, kernels' workspaces, gaps between tensors, and with several ranks DDP's copy of the gradients and
-NCCL's buffers.
+captions of 77 tokens, or latents of 64 x 16 x 16 and 1,000 classes; the figure is the most bytes of tensors alive at
+once, rounded up as CUDA's allocator does. By default the three published tokenizers, each with all of a rank's pairs
+embedded at once, in micro-batches, and with activations recomputed; and the two diffusion transformers. Blocks are not
+compiled, which would keep 15% less of each. What a GPU holds besides is not in it: its context, kernels' workspaces,
+gaps between tensors, and with several ranks DDP's copy of the gradients and NCCL's buffers.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -29,16 +32,24 @@ from torch.utils._pytree import tree_leaves
 
 from vtp import config
 from vtp.data.batches import Batch, ClipBatch, RecBatch, SSLBatch
-from vtp.models import layers
+from vtp.generation import learner as dit_learner
+from vtp.generation.config import DiTTrainConfig
+from vtp.generation.learner import LatentBatch
+from vtp.models import layers, rope
+from vtp.models.dit import DiTConfig, LightningDiT
 from vtp.models.vtp_hf import VTPModel
 from vtp.pretrain import learner
 from vtp.pretrain.config import PretrainConfig
-from vtp.recipes import pretrain_recipe
+from vtp.recipes import DITS, PRETRAIN, dit_recipe, pretrain_recipe
 
 CPU = torch.device("cpu")
 BLOCK = 512  # bytes, CUDA's allocator's
-SIZES = ("small", "base", "large")
-WAYS = [(micro, "false") for micro in (0, 256, 128)] + [(0, "true")]  # micro_batch, recompute
+WAYS = [
+    (recipe, f"parallel.micro_batch={micro}", f"parallel.recompute={again}")
+    for recipe in ("small", "base", "large")
+    for micro, again in ((0, "false"), (256, "false"), (128, "false"), (0, "true"))
+] + [(recipe, f"recompute={again}") for recipe in ("dit_b", "dit_xl") for again in ("false", "true")]
+LATENTS, CLASSES = (64, 16, 16), 1_000
 
 
 class Alive(TorchDispatchMode):
@@ -88,25 +99,42 @@ def batch(cfg: PretrainConfig) -> Batch:
     return Batch(clip, ssl, rec, None, {})  # type: ignore[arg-type]
 
 
-def count(cfg: PretrainConfig) -> tuple[float, float]:
+def joint(cfg: PretrainConfig) -> Callable[[int], Any]:
+    """The step of `vtp pretrain`."""
+    learns = learner.PretrainLearner(cfg, CPU)
+    return lambda i: learns.learn(batch(cfg), i)
+
+
+def diffusion(cfg: DiTTrainConfig) -> Callable[[int], Any]:
+    """The step of `vtp train-dit`."""
+    shape = DiTConfig(input_size=LATENTS[-1], in_channels=LATENTS[0], num_classes=CLASSES, **asdict(cfg.model))
+    latents: Any = SimpleNamespace(stats=SimpleNamespace(normalise=lambda x: x))
+    learns = dit_learner.DiTLearner(cfg, LightningDiT(shape), latents, CPU)
+    labels = torch.zeros(cfg.batch_size, dtype=torch.long)
+    return lambda i: learns.step(LatentBatch(torch.zeros(cfg.batch_size, *LATENTS), labels), i)
+
+
+def count(cfg: PretrainConfig | DiTTrainConfig) -> tuple[float, float]:
     """GB (held between steps, at most in a step)."""
     with (
         warnings.catch_warnings(action="ignore"),  # copying the teacher looks for a tensor's values
         FakeTensorMode(allow_non_fake_inputs=True),
         Alive() as alive,
+        mock.patch.object(rope, "_cached_tables", functools.cache(rope._cached_tables.__wrapped__)),  # these alone
         mock.patch.object(layers, "SHORT_SEQUENCE", 0),  # a GPU takes the fused kernel for all
         mock.patch.object(VTPModel, "_check_text"),  # reads values
         mock.patch.object(nn.Module, "to", lambda module, *_: module),  # cannot be told from a change of its parameters
         mock.patch.object(lpips, "LPIPS", lambda **_: RandomLPIPS()),
-        mock.patch.object(learner, "pick_precision", side_effect=lambda asked, _: asked),
+        mock.patch.object(learner, "pick_precision", new=lambda asked, _: asked),
+        mock.patch.object(dit_learner, "pick_precision", new=lambda asked, _: asked),
         mock.patch.object(learner, "matmul_rate", return_value=1.0),
         mock.patch.object(learner, "step_flops", return_value=0.0),
     ):
-        learns = learner.PretrainLearner(cfg, CPU)
-        learns.learn(batch(cfg), 0)  # makes the moments
+        step = diffusion(cfg) if isinstance(cfg, DiTTrainConfig) else joint(cfg)
+        step(0)  # makes the moments
         held = alive.now
         alive.most = 0
-        learns.learn(batch(cfg), 1)
+        step(1)
     return held / 1e9, alive.most / 1e9
 
 
@@ -118,9 +146,11 @@ class RandomLPIPS(lpips.LPIPS):
 
 
 def main(words: Sequence[str]) -> None:
-    ways = [(f"parallel.micro_batch={micro}", f"parallel.recompute={again}") for micro, again in WAYS]
-    for recipe, *changes in [words] if words else [(size, *way) for size in SIZES for way in ways]:
-        held, most = count(config.merge(pretrain_recipe(recipe), ["precision=bf16", *changes]))
+    for recipe, *changes in [words] if words else WAYS:
+        if recipe not in (*PRETRAIN, *DITS):
+            raise SystemExit(f"no recipe '{recipe}'; one of {', '.join((*PRETRAIN, *DITS))}")
+        default: Any = dit_recipe(recipe) if recipe in DITS else pretrain_recipe(recipe)
+        held, most = count(config.merge(default, ["precision=bf16", *changes]))
         record = {"name": " ".join(["peak memory of a step,", recipe, *changes]), "value": round(most, 1), "unit": "GB"}
         print(json.dumps(record | {"held_between_steps": round(held, 1)}), flush=True)
 

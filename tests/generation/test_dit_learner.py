@@ -98,6 +98,18 @@ def test_resumed_is_uninterrupted(tiny):
     assert losses(whole.out) == losses(tiny.out)
 
 
+@pytest.mark.parametrize("how", ["recompute", pytest.param("compile", marks=pytest.mark.slow)])
+def test_how_a_step_is_laid_out_changes_nothing(tiny, how):
+    """Nor is it a reason to refuse a run that is gone on with."""
+    first = replace(tiny, steps=3, out=tiny.out + "_other", **{how: True})
+    train_dit(first)
+    train_dit(replace(first, steps=5, resume="anyway", **{how: False}))
+    train_dit(tiny)
+    one, other = (load_file(Path(cfg.out) / "model" / "model.safetensors") for cfg in (tiny, first))
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6)
+
+
 def test_published_model_stands_alone(tiny, latents):
     model = train_dit(tiny)
     assert sorted(path.name for path in model.iterdir()) == ["config.json", "model.safetensors", "stats.json"]

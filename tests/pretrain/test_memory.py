@@ -32,8 +32,8 @@ def test_counted_without_values_is_what_a_step_holds(tiny, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", ["small", "base", "large"])
-def test_a_step_of_a_published_size_fits_into_80_gb(size):
+@pytest.mark.parametrize("size", ["small", "base", "large", "dit_b", "dit_xl"])
+def test_a_step_of_a_published_recipe_fits_into_80_gb(size):
     """With 10 GB to spare for what is not counted."""
     command = [sys.executable, str(BENCHMARKS / "memory.py"), size]
     done = subprocess.run(command, check=True, capture_output=True, text=True)

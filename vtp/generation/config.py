@@ -48,6 +48,8 @@ class DiTTrainConfig:
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device multiplies it, else fp32
     resume: Literal["auto", "never", "anyway"] = "auto"  # anyway: go on although the configuration has changed
+    recompute: bool = False  # activations of the blocks computed again in the backward pass: less memory, more time
+    compile: bool = False  # torch.compile, block by block
     batch_size: int = 1_024  # per rank
     flip: bool = True  # half of the latents are those of the mirrored image; false where left and right mean something
     label_dropout: float = 0.1  # share of labels replaced by the null class, for classifier-free guidance

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from vtp import dist
 from vtp.engine.optim import adamw, autocast, optimizer_tensors, pick_precision, set_schedule, update
+from vtp.engine.parallel import ParallelConfig, parallelise
 from vtp.flow.path import cosine_loss, interpolate, mse_loss, target_velocity
 from vtp.flow.times import logit_normal
 from vtp.generation.config import DiTTrainConfig
@@ -77,7 +77,8 @@ class DiTLearner:
         self.model = model.to(device).train()
         self.student = nn.ModuleDict({"dit": self.model})
         self.average = EMATeacher(self.student)
-        self.velocity: nn.Module = DistributedDataParallel(self.model) if dist.world_size() > 1 else self.model
+        laid = ParallelConfig(recompute=cfg.recompute, compile=cfg.compile)
+        self.velocity = parallelise(self.model, [*self.model.blocks], laid, device, self.precision)
         self.stats = latents.stats
         self.images_per_step = cfg.batch_size * dist.world_size()
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]

@@ -17,7 +17,7 @@ from vtp.generation.latents import Latents
 from vtp.generation.learner import DiTLearner, LatentBatches
 from vtp.models.dit import DiTConfig, LightningDiT
 
-ORCHESTRATION = ("device", "loop")
+ORCHESTRATION = ("device", "recompute", "compile", "loop")
 
 
 def train_dit(cfg: DiTTrainConfig) -> Path:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vtp.files import as_new
-from vtp.models.layers import RMSNorm, attention
+from vtp.models.layers import Recomputable, RMSNorm, attention
 
 # What a published config.json may say of the architecture beside DiTConfig's fields: there is one answer to each.
 FIXED = {
@@ -184,7 +184,7 @@ def drop_labels(
     return labels.masked_fill(dropped, null)
 
 
-class Block(nn.Module):
+class Block(Recomputable):
     """Pre-norm attention and SwiGLU, each shifted, scaled and gated by the condition (adaLN-zero)."""
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float) -> None:
@@ -195,9 +195,10 @@ class Block(nn.Module):
         self.mlp = SwiGLU(dim, int(2 / 3 * int(dim * mlp_ratio)))
         self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(dim, 6 * dim))  # SiLU: once, by the caller
 
-    def forward(
+    def compute(
         self, x: Float[Tensor, "b n d"], c: Float[Tensor, "b d"], rope: tuple[Tensor, Tensor]
     ) -> Float[Tensor, "b n d"]:
+        """Tokens behind the block."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))

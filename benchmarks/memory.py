@@ -6,8 +6,8 @@ A step goes through on tensors that have shapes and no values (torch's FakeTenso
 captions of 77 tokens, or latents of 64 x 16 x 16 and 1,000 classes; the figure is the most bytes of tensors alive at
 once, rounded up as CUDA's allocator does. By default the three published tokenizers, each with all of a rank's pairs
 embedded at once, in micro-batches, and with activations recomputed; and the two diffusion transformers. Blocks are not
-compiled, which would keep 15% less of each. What a GPU holds besides is not in it: its context, kernels' workspaces,
-gaps between tensors, and with several ranks DDP's copy of the gradients and NCCL's buffers.
+compiled, whatever is asked for; that would keep 15% less of each. What a GPU holds besides is not in it: its context,
+kernels' workspaces, gaps between tensors, and with several ranks DDP's copy of the gradients and NCCL's buffers.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from vtp import config
 from vtp.data.batches import Batch, ClipBatch, RecBatch, SSLBatch
+from vtp.data.views import check
 from vtp.generation import learner as dit_learner
 from vtp.generation.config import DiTTrainConfig
 from vtp.generation.learner import LatentBatch
@@ -76,12 +77,13 @@ class Alive(TorchDispatchMode):
 def batch(cfg: PretrainConfig) -> Batch:
     """One of the sizes that the configuration asks for, with as many masked patches as are expected."""
     sizes, views = cfg.active_batch, cfg.views
+    check(views, sizes, cfg.model.vision.patch_size)
     clip = rec = ssl = None
     if sizes.clip:
         tokens = torch.zeros(sizes.clip, cfg.model.text.context_length, dtype=torch.long)
         clip = ClipBatch(torch.zeros(sizes.clip, 3, views.size, views.size), tokens)
     if sizes.rec:
-        shared = sizes.rec if clip is not None and views.share else 0
+        shared = sizes.rec if clip is not None and views.share and cfg.rec_data is None else 0
         images = (
             clip.images[:shared] if clip is not None and shared else torch.zeros(sizes.rec, 3, views.size, views.size)
         )
@@ -94,9 +96,13 @@ def batch(cfg: PretrainConfig) -> Batch:
             torch.zeros(views.local_crops, sizes.ssl, 3, views.local_size, views.local_size),
             torch.zeros(2, sizes.ssl, patches, dtype=torch.bool),
             torch.zeros(masked, dtype=torch.long),
-            torch.zeros(masked),
+            torch.ones(masked),
         )
     return Batch(clip, ssl, rec, None, {})  # type: ignore[arg-type]
+
+
+def on_a_gpu(asked: str, _: torch.device) -> str:
+    return "bf16" if asked == "auto" else asked
 
 
 def joint(cfg: PretrainConfig) -> Callable[[int], Any]:
@@ -125,8 +131,8 @@ def count(cfg: PretrainConfig | DiTTrainConfig) -> tuple[float, float]:
         mock.patch.object(VTPModel, "_check_text"),  # reads values
         mock.patch.object(nn.Module, "to", lambda module, *_: module),  # cannot be told from a change of its parameters
         mock.patch.object(lpips, "LPIPS", lambda **_: RandomLPIPS()),
-        mock.patch.object(learner, "pick_precision", new=lambda asked, _: asked),
-        mock.patch.object(dit_learner, "pick_precision", new=lambda asked, _: asked),
+        mock.patch.object(learner, "pick_precision", new=on_a_gpu),
+        mock.patch.object(dit_learner, "pick_precision", new=on_a_gpu),
         mock.patch.object(learner, "matmul_rate", return_value=1.0),
         mock.patch.object(learner, "step_flops", return_value=0.0),
     ):
@@ -150,7 +156,10 @@ def main(words: Sequence[str]) -> None:
         if recipe not in (*PRETRAIN, *DITS):
             raise SystemExit(f"no recipe '{recipe}'; one of {', '.join((*PRETRAIN, *DITS))}")
         default: Any = dit_recipe(recipe) if recipe in DITS else pretrain_recipe(recipe)
-        held, most = count(config.merge(default, ["precision=bf16", *changes]))
+        try:
+            held, most = count(config.merge(default, changes))
+        except config.ConfigError as error:
+            raise SystemExit(str(error)) from None
         record = {"name": " ".join(["peak memory of a step,", recipe, *changes]), "value": round(most, 1), "unit": "GB"}
         print(json.dumps(record | {"held_between_steps": round(held, 1)}), flush=True)
 

@@ -61,3 +61,8 @@ def test_what_is_not_there_is_said(tmp_path):
         train_judge(open_source("scenes"), ("breed",))
     with pytest.raises(ConfigError, match="no judge in"):
         load_judge(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    for other in ('{"hidden_size": 8}', "{", "[]"):
+        (tmp_path / "config.json").write_text(other)
+        with pytest.raises(ConfigError, match="holds no judge, or a damaged one"):
+            load_judge(tmp_path)

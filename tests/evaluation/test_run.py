@@ -66,8 +66,12 @@ def test_zero_shot_templates(tokenizer, tmp_path):
     assert used(str(tmp_path / "list.json"))["templates"] == "1 of list.json"
     assert used(["a {}", "my {}", "your {}"])["templates"] == "3 given"
     assert used("openai")["templates"] == "80 of CLIP (openai)"
-    with pytest.raises(ConfigError, match="templates=imagenet: choose"):
+    with pytest.raises(ConfigError, match="templates=imagenet is no file; choose"):
         used("imagenet")
+    for held in (b"\xff\xd8\xff", b"[1, "):
+        (tmp_path / "other").write_bytes(held)
+        with pytest.raises(ConfigError, match="other is neither text"):
+            used(str(tmp_path / "other"))
 
 
 def test_top_keeps_the_commonest_classes_and_natural_images_get_clips_templates(tokenizer, tmp_path):

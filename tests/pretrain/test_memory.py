@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -19,16 +20,17 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 def test_counted_without_values_is_what_a_step_holds(tiny, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     memory = importlib.import_module("memory")
-    held, most = memory.count(tiny)
-    monkeypatch.setattr(layers, "SHORT_SEQUENCE", 0)
-    with memory.Alive() as alive:
+    with memory.Alive() as alive, monkeypatch.context() as patch:
+        patch.setattr(layers, "SHORT_SEQUENCE", 0)
         learner = PretrainLearner(tiny, torch.device("cpu"))
         learner.learn(memory.batch(tiny), 0)
         really_held, alive.most = alive.now, 0
-        learner.learn(memory.batch(tiny), 1)
+        assert math.isfinite(learner.learn(memory.batch(tiny), 1)["total"])
+    held, most = memory.count(tiny)
     assert held == pytest.approx(really_held / 1e9, rel=0.05)
     assert most == pytest.approx(alive.most / 1e9, rel=0.05)
     assert most > 1.2 * held
+    assert math.isfinite(learner.learn(memory.batch(tiny), 2)["total"])  # the count leaves nothing behind
 
 
 @pytest.mark.slow

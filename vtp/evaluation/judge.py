@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -101,12 +102,15 @@ def load_judge(folder: Path, device: torch.device | str = "cpu") -> ConvClassifi
     """Read what `save_judge` wrote.
 
     Raises:
-        ConfigError: the folder holds no judge.
+        ConfigError: the folder holds no judge, or another model.
     """
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         raise ConfigError(f"no judge in {folder}: it should hold config.json and model.safetensors")
-    judge = ConvClassifier(**json.loads((folder / "config.json").read_text()))
-    judge.load_state_dict(load_file(folder / "model.safetensors"))
+    try:
+        judge = ConvClassifier(**json.loads((folder / "config.json").read_text()))
+        judge.load_state_dict(load_file(folder / "model.safetensors"))
+    except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{folder} holds no judge, or a damaged one: {str(error).splitlines()[0]}") from None
     return judge.to(device).eval().requires_grad_(False)
 
 

@@ -363,9 +363,12 @@ def _templates(source: Source, label: str, asked: str | Sequence[str] | None) ->
         return _openai_templates(), "of CLIP (openai)"
     path = path_of(asked)
     if not path.is_file():
-        raise ConfigError(f"templates={asked}: choose openai, data or a file of templates, one a line")
-    text = path.read_text(encoding="utf-8")
-    lines = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+        raise ConfigError(f"templates={asked} is no file; choose openai, data or a file of templates, one a line")
+    try:
+        text = path.read_text(encoding="utf-8")
+        lines = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+    except ValueError as error:
+        raise ConfigError(f"{path} is neither text, a template a line, nor a JSON list of templates: {error}") from None
     return [line.strip() for line in lines if line.strip()], f"of {path.name}"
 
 

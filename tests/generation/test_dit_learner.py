@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -8,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.meta import META, NothingWaits, usable
+from vtp import config
 from vtp.config import ConfigError
 from vtp.engine.loop import LoopConfig, reseed
 from vtp.generation.config import DiTSize, DiTTrainConfig
@@ -98,16 +101,29 @@ def test_resumed_is_uninterrupted(tiny):
     assert losses(whole.out) == losses(tiny.out)
 
 
-@pytest.mark.parametrize("how", ["recompute", pytest.param("compile", marks=pytest.mark.slow)])
-def test_how_a_step_is_laid_out_changes_nothing(tiny, how):
-    """Nor is it a reason to refuse a run that is gone on with."""
-    first = replace(tiny, steps=3, out=tiny.out + "_other", **{how: True})
-    train_dit(first)
-    train_dit(replace(first, steps=5, resume="anyway", **{how: False}))
-    train_dit(tiny)
-    one, other = (load_file(Path(cfg.out) / "model" / "model.safetensors") for cfg in (tiny, first))
+def test_a_run_whose_blocks_are_recomputed_learns_the_same(tiny):
+    other = replace(tiny, out=tiny.out + "_other", recompute=True)
+    train_dit(other)
+    _same_weights(tiny, other)
+    train_dit(replace(other, recompute=False))  # which is no other run
+
+
+@pytest.mark.slow
+def test_a_run_whose_blocks_are_compiled_learns_the_same(tiny, tmp_path):
+    """In a process of its own: here the shapes in annotations are checked, which torch.compile cannot trace."""
+    other = replace(tiny, out=tiny.out + "_other", compile=True, recompute=True)
+    (tmp_path / "tiny.yaml").write_text(config.dump(other))
+    command = [sys.executable, "-m", "vtp", "train-dit", str(tmp_path / "tiny.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    _same_weights(tiny, other)
+
+
+def _same_weights(plain, other):
+    train_dit(plain)
+    one, two = (load_file(Path(cfg.out) / "model" / "model.safetensors") for cfg in (plain, other))
     for name, value in one.items():
-        torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_published_model_stands_alone(tiny, latents):

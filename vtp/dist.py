@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,10 @@ import torch
 import torch.distributed as td
 from torch import Tensor
 
+NO_RESTART = (
+    "a rank that dies will be waited for in vain: on several hosts restarts need "
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment on each of them"
+)
 _ended: list[td.ProcessGroup | None] = []  # groups that are over; Python frees them without that lock
 
 
@@ -27,8 +32,12 @@ def group() -> Iterator[None]:
         torch.cuda.set_device(local_rank())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store, rank, world = next(td.rendezvous("env://"))
-    # After torchrun restarts its processes gloo would find the addresses of those that died, were the names the same.
-    store = td.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own, which outlives the processes
+        # After a restart gloo would find the addresses of those that died, were the names the same.
+        store = td.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        if int(os.environ["GROUP_WORLD_SIZE"]) > 1 and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) and rank == 0:
+            # Each host's torchrun counts restarts for itself, torch's own names for the ranks have that count, too.
+            print(NO_RESTART, file=sys.stderr, flush=True)
     td.init_process_group(backend, store=store, rank=rank, world_size=world)
     try:
         yield

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -162,6 +163,28 @@ def test_torchrun_trains_and_a_rank_that_dies_changes_nothing(tiny, tmp_path, sh
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
+@pytest.mark.slow
+def test_a_rank_that_dies_on_one_of_two_hosts_changes_nothing(tiny, tmp_path):
+    """Each host has a torchrun that counts restarts for itself; here both are this one."""
+    (tmp_path / "tiny.yaml").write_text(config.dump(tiny))
+    run, killed = Path(tiny.out), tmp_path / "killed"
+    assert torchrun(str(tmp_path / "tiny.yaml")).returncode == 0
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    options = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"]
+    program = ["--max-restarts=3", "--no-python", sys.executable, "-c", DIES_ONCE, str(tmp_path / "tiny.yaml")]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, *program, f"out={killed}"]
+    apart = {**ENVIRONMENT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    hosts = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=apart, cwd=ROOT) for _ in range(2)]
+    said = [host.communicate(timeout=300)[1] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], said
+    assert "resumed" in "".join(said) and "in vain" not in "".join(said)
+    assert killed.with_suffix(".died").exists() and records(killed) == records(run)
+    straight, resumed = (load_file(path / "tokenizer/model.safetensors") for path in (run, killed))
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
 DIES_ONCE = """
 import os, signal, sys, time
 from pathlib import Path
@@ -170,7 +193,9 @@ from vtp.engine import checkpoint
 from vtp.pretrain.learner import PretrainLearner
 step = PretrainLearner.step
 def dying(self, batch, i):
-    if i == 4 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    died = Path(self.cfg.out).with_suffix(".died")
+    if i == 4 and os.environ["RANK"] == "1" and not died.exists():
+        died.touch()
         while not checkpoint.complete(Path(self.cfg.out) / "checkpoints"):
             time.sleep(0.01)  # it is written beside the steps
         os.kill(os.getpid(), signal.SIGKILL)

@@ -138,7 +138,11 @@ def test_a_full_disk_is_one_line(error, line, inputs, tmp_path, monkeypatch, cap
         ),
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
-            "vtp (rank 1): DataLoader worker (pid 7) is killed",
+            "vtp (rank 1): DataLoader worker (pid 7) is killed by signal: Killed; for want",
+        ),
+        (
+            RuntimeError("InvalidCxxCompiler: No working C++ compiler found in cpp.cxx: (None, 'g++')\n\nSet TORCH"),
+            "vtp (rank 1): torch.compile finds no C++ compiler (Invalid",
         ),
         (RuntimeError("something of ours"), None),
     ],

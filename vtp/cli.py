@@ -67,7 +67,9 @@ def _run(args: argparse.Namespace) -> None:
         if lost is not None and "RANK" in os.environ:
             _refuse(f"another rank has ended, or cannot be reached ({lost.strip()}); what it said itself says why")
         if lines and lines[0].startswith("DataLoader worker"):
-            _refuse(f"{lines[0]}; ended for want of memory? Fewer workers need less, and the same command goes on")
+            _refuse(f"{lines[0].rstrip('. ')}; for want of memory? Fewer workers need less; the same command goes on")
+        if lines and lines[0].startswith("InvalidCxxCompiler"):
+            _refuse(f"torch.compile finds no C++ compiler ({lines[0]}); install one, or leave compile=true out")
         lacking = next((line for line in lines if "out of memory" in line or "can't allocate memory" in line), None)
         if lacking is None:
             raise

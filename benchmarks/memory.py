@@ -84,9 +84,7 @@ def batch(cfg: PretrainConfig) -> Batch:
         clip = ClipBatch(torch.zeros(sizes.clip, 3, views.size, views.size), tokens)
     if sizes.rec:
         shared = sizes.rec if clip is not None and views.share and cfg.rec_data is None else 0
-        images = (
-            clip.images[:shared] if clip is not None and shared else torch.zeros(sizes.rec, 3, views.size, views.size)
-        )
+        images = clip.images[:shared] if shared else torch.zeros(sizes.rec, 3, views.size, views.size)
         rec = RecBatch(images, shared)
     if sizes.ssl:
         patches = (views.global_size // cfg.model.vision.patch_size) ** 2

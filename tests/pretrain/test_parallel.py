@@ -144,6 +144,11 @@ def records(run):
     return [{k: v for k, v in line.items() if k not in MACHINE} for line in lines]
 
 
+def same_weights(*runs):
+    one, other = (load_file(run / "tokenizer/model.safetensors") for run in runs)
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp"])
 def test_torchrun_trains_and_a_rank_that_dies_changes_nothing(tiny, tmp_path, shard):
@@ -159,8 +164,7 @@ def test_torchrun_trains_and_a_rank_that_dies_changes_nothing(tiny, tmp_path, sh
     done = torchrun("-c", DIES_ONCE, str(tmp_path / "tiny.yaml"), f"out={killed}", options=["--max-restarts=1"])
     assert done.returncode == 0, done.stderr
     assert "resumed" in done.stderr and records(killed) == records(run)
-    straight, resumed = (load_file(path / "tokenizer/model.safetensors") for path in (run, killed))
-    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert same_weights(run, killed)
 
 
 @pytest.mark.slow
@@ -181,8 +185,7 @@ def test_a_rank_that_dies_on_one_of_two_hosts_changes_nothing(tiny, tmp_path):
     assert [host.returncode for host in hosts] == [0, 0], said
     assert "resumed" in "".join(said) and "in vain" not in "".join(said)
     assert killed.with_suffix(".died").exists() and records(killed) == records(run)
-    straight, resumed = (load_file(path / "tokenizer/model.safetensors") for path in (run, killed))
-    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert same_weights(run, killed)
 
 
 DIES_ONCE = """

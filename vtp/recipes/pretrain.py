@@ -6,7 +6,6 @@ Where the paper is silent the values are OpenCLIP's (contrast) and DINOv2's (sel
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from vtp.data.augment import AugmentConfig
 from vtp.data.views import BatchConfig, ViewsConfig
@@ -25,10 +24,10 @@ def corner(cfg: PretrainConfig, name: str) -> PretrainConfig:
     return replace(cfg, weights=replace(weights, **off), out=f"{cfg.out}_{name}" if name != "vtp" else cfg.out)
 
 
-def _published(width: int, depth: int, heads: int, name: str, **parallel: Any) -> PretrainConfig:
+def _published(width: int, depth: int, heads: int, name: str) -> PretrainConfig:
     """Symmetric encoder and decoder, f16 d64, text tower 768 x 12, at 256 px. Batches are per rank, for 64 ranks.
 
-    `parallel` makes a step fit into 80 GB; where there are more, all at once is faster (benchmarks/memory.py).
+    The larger two set `parallel` so that a step fits into 80 GB; without, it is faster (benchmarks/memory.py).
     """
     return PretrainConfig(
         out=f"runs/{name}",
@@ -45,7 +44,6 @@ def _published(width: int, depth: int, heads: int, name: str, **parallel: Any) -
             lr=WarmupCosine(peak=5e-4, warmup=0.02, end=1e-6), weight_decay=Ramp(start=0.04, end=0.2, cosine=True)
         ),
         loop=LoopConfig(log_every=50, save_every=1_000, keep=3, tensorboard=True),
-        parallel=ParallelConfig(**parallel),
     )
 
 
@@ -56,12 +54,12 @@ def small() -> PretrainConfig:
 
 def base() -> PretrainConfig:
     """VTP-B."""
-    return _published(768, 12, 12, "base", micro_batch=256)
+    return replace(_published(768, 12, 12, "base"), parallel=ParallelConfig(micro_batch=256))
 
 
 def large() -> PretrainConfig:
     """VTP-L."""
-    return _published(1024, 24, 16, "large", recompute=True)
+    return replace(_published(1024, 24, 16, "large"), parallel=ParallelConfig(recompute=True))
 
 
 def cpu() -> PretrainConfig:
